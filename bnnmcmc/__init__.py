@@ -1,0 +1,1 @@
+"""Sampling-based inference for Bayesian neural networks."""

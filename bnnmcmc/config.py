@@ -1,0 +1,417 @@
+"""The experiment file: schema, defaults, and errors that name every mistake at once."""
+
+import difflib
+import tomllib
+import types
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from bnnmcmc.errors import InputError
+
+
+class Section(BaseModel):
+    """A table of the experiment file; unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def _changed(section: Section, *names: str) -> list[str]:
+    """Return those fields whose value differs from the default, so would be ignored silently."""
+    fields = type(section).model_fields
+    return [name for name in names if getattr(section, name) != fields[name].default]
+
+
+class SplitConfig(Section):
+    """[data.split]: which rows train, validate and test."""
+
+    test: float = Field(0.2, ge=0, lt=1, description="share of all rows held out for scores")
+    validation: float = Field(
+        0.1, ge=0, lt=1, description="share of all rows for early stopping of the ensemble"
+    )
+    column: str | None = Field(
+        None, description="a column with the words train, validation, test, instead of shares"
+    )
+    train_rows: list[int] | None = Field(None, description="row numbers, counted from 0")
+    validation_rows: list[int] | None = None
+    test_rows: list[int] | None = None
+    seed: int = Field(0, ge=0, lt=2**32, description="seed of the random split")
+
+
+class DataConfig(Section):
+    """[data]: the table."""
+
+    path: str | None = Field(
+        None, description="CSV, Parquet, npz or space-separated file; also found in $BNNMCMC_DATA"
+    )
+    source: str | None = Field(
+        None, description="sklearn:NAME or openml:NAME; used if no path is given or found"
+    )
+    target: str | list[str] | None = Field(
+        None, description="column(s) to predict; the last one if not given"
+    )
+    features: list[str] | None = Field(None, description="use only these columns")
+    drop: list[str] = Field([], description="columns to leave out")
+    categorical: list[str] = Field([], description="columns to treat as categories")
+    split: SplitConfig = SplitConfig()
+
+    @model_validator(mode="after")
+    def _has_a_table(self):
+        if self.path is None and self.source is None:
+            raise ValueError("needs `path` or `source`")
+        return self
+
+
+class ModelConfig(Section):
+    """[model]: the network."""
+
+    hidden: list[Annotated[int, Field(ge=1)]] = Field(
+        [16, 16, 16], description="widths of the hidden layers; [] is a linear model"
+    )
+    activation: str = Field("silu", description="tanh, relu, silu, gelu, ...")
+    skip: bool = Field(False, description="residual connections between equal widths")
+    network: str | None = Field(
+        None, description="module:function(features, outputs) -> Network, instead of an MLP"
+    )
+
+    @model_validator(mode="after")
+    def _one_network(self):
+        given = _changed(self, "hidden", "activation", "skip")
+        if self.network is not None and given:
+            raise ValueError(f"`network` replaces the MLP, so remove {', '.join(given)}")
+        return self
+
+
+class LikelihoodConfig(Section):
+    """[likelihood]: what the network's outputs mean."""
+
+    kind: Literal["gaussian", "categorical", "bernoulli"] = "gaussian"
+    scale: Literal["predicted", "sampled"] | float = Field(
+        "predicted",
+        description="Gaussian noise: predicted per row, one sampled sigma, or a known number",
+    )
+    scale_prior: float = Field(1.0, gt=0, description="HalfNormal scale of a sampled sigma")
+
+    @model_validator(mode="after")
+    def _fitting(self):
+        if self.kind != "gaussian" and _changed(self, "scale", "scale_prior"):
+            raise ValueError(f"`scale` and `scale_prior` have no meaning for {self.kind!r}")
+        if self.scale != "sampled" and _changed(self, "scale_prior"):
+            raise ValueError('`scale_prior` needs `scale = "sampled"`')
+        if not isinstance(self.scale, str) and not self.scale > 0:
+            raise ValueError(f"`scale` is {self.scale}, expected more than 0")
+        return self
+
+
+Family = Literal["normal", "laplace", "student_t"]
+
+
+class LeafPriorConfig(Section):
+    """The prior of one kind of parameter."""
+
+    family: Family = "normal"
+    scale: float = Field(1.0, gt=0)
+    fan_in: bool = Field(False, description="divide the scale by sqrt(fan-in)")
+    df: float = Field(3.0, gt=0, description="degrees of freedom of student_t")
+
+    @model_validator(mode="after")
+    def _df_fits(self):
+        if self.family != "student_t" and _changed(self, "df"):
+            raise ValueError('`df` needs `family = "student_t"`')
+        return self
+
+
+class LayerPriorConfig(Section):
+    """[prior.layers.NAME]: the prior of one layer."""
+
+    weight: LeafPriorConfig | None = None
+    bias: LeafPriorConfig | None = None
+
+
+class PriorConfig(LeafPriorConfig):
+    """[prior]: of weights; biases and single layers apart if wanted."""
+
+    bias: LeafPriorConfig | None = Field(None, description="as the weights' if not given")
+    layers: dict[str, LayerPriorConfig] = Field({}, description="by layer name, e.g. layer0")
+
+
+class EnsembleConfig(Section):
+    """[ensemble]: the optimiser runs that start the chains, one chain per member."""
+
+    members: int = Field(10, ge=1, description="number of members, and of chains")
+    optimizer: str = Field("adamw", description="any optimiser of optax")
+    learning_rate: float = Field(5e-3, gt=0)
+    optimizer_options: dict[str, Any] = {}
+    schedule: str | None = Field(None, description="any schedule of optax")
+    schedule_options: dict[str, Any] = {}
+    batch_size: int = Field(32, ge=0, description="rows per step; 0 for all rows")
+    max_epochs: int = Field(2000, ge=1)
+    patience: int = Field(
+        200, ge=1, description="epochs without a better validation loss before a member stops"
+    )
+
+    @model_validator(mode="after")
+    def _schedule_fits(self):
+        if self.schedule is None and self.schedule_options:
+            raise ValueError("`schedule_options` needs `schedule`")
+        return self
+
+
+class SamplerSection(Section):
+    """What all samplers share."""
+
+    rows: Literal["train+validation", "train"] = Field(
+        "train+validation", description="the rows the posterior conditions on"
+    )
+
+
+class MCLMCConfig(SamplerSection):
+    """[sampler] kernel = "mclmc": microcanonical Langevin, unadjusted, the default."""
+
+    kernel: Literal["mclmc"] = "mclmc"
+    warmup: int = Field(5000, ge=0, description="warm-up steps per chain")
+    draws: int = Field(1000, ge=1, description="kept draws per chain")
+    thin: int = Field(10, ge=1, description="steps per kept draw")
+    integrator: Literal["leapfrog", "minimal_norm"] = "leapfrog"
+    energy_variance_start: float = Field(5.0, gt=0)
+    energy_variance_end: float = Field(0.05, gt=0)
+    initial_step_size: float = Field(0.005, gt=0)
+
+
+class NUTSConfig(SamplerSection):
+    """[sampler] kernel = "nuts": the No-U-Turn sampler."""
+
+    kernel: Literal["nuts"]
+    warmup: int = Field(500, ge=0, description="warm-up steps per chain")
+    draws: int = Field(500, ge=1, description="kept draws per chain")
+    thin: int = Field(1, ge=1, description="steps per kept draw")
+    max_depth: int = Field(10, ge=1, le=20)
+    target_acceptance: float = Field(0.8, gt=0, lt=1)
+    initial_step_size: float = Field(0.01, gt=0)
+
+
+class HMCConfig(SamplerSection):
+    """[sampler] kernel = "hmc": Hamiltonian Monte Carlo."""
+
+    kernel: Literal["hmc"]
+    warmup: int = Field(1000, ge=0, description="warm-up steps per chain")
+    draws: int = Field(1000, ge=1, description="kept draws per chain")
+    thin: int = Field(1, ge=1, description="steps per kept draw")
+    num_leapfrog: int = Field(30, ge=1)
+    jitter: float = Field(0.5, ge=0, lt=1)
+    target_acceptance: float = Field(0.8, gt=0, lt=1)
+    initial_step_size: float = Field(0.01, gt=0)
+
+
+class RunConfig(Section):
+    """[run]: everything about the run that is not the model."""
+
+    seed: int = Field(0, ge=0, lt=2**32)
+    precision: Literal["float32", "float64"] = "float32"
+    devices: int = Field(0, ge=0, description="how many devices to use; 0 for all")
+    mode: Literal["auto", "map", "vmap"] = Field(
+        "auto", description="chains one after the other (CPU) or side by side (GPU)"
+    )
+    group: int = Field(1, ge=1, description="in mode map: chains that advance together")
+    block_draws: int = Field(
+        0, ge=0, description="most draws between two saves; 0 for about a second's worth"
+    )
+    arviz: Literal["auto", "netcdf", "zarr", "none"] = Field(
+        "auto", description="write an ArviZ file; auto: netcdf if it stays below 200 MB"
+    )
+
+
+class Config(Section):
+    """An experiment."""
+
+    data: DataConfig
+    model: ModelConfig = ModelConfig()
+    likelihood: LikelihoodConfig = LikelihoodConfig()
+    prior: PriorConfig = PriorConfig()
+    ensemble: EnsembleConfig = EnsembleConfig()
+    sampler: Annotated[MCLMCConfig | NUTSConfig | HMCConfig, Field(discriminator="kernel")] = (
+        MCLMCConfig()
+    )
+    run: RunConfig = RunConfig()
+
+    @property
+    def task(self) -> Literal["regression", "classification"]:
+        """Whether the target is numbers or classes."""
+        return "regression" if self.likelihood.kind == "gaussian" else "classification"
+
+
+def parse(tables: dict[str, Any], name: str) -> Config:
+    """Check the tables of an experiment file.
+
+    Parameters
+    ----------
+    tables : dict
+        Nested, as `tomllib` reads them.
+    name : str
+        The file's name, for messages.
+
+    Returns
+    -------
+    Config
+
+    Raises
+    ------
+    InputError
+        Lists every mistake: field, what was found, what was expected.
+    """
+    tables = {key: dict(v) if isinstance(v, dict) else v for key, v in tables.items()}
+    sampler = tables.get("sampler")
+    if isinstance(sampler, dict):
+        sampler.setdefault("kernel", "mclmc")
+    try:
+        return Config.model_validate(tables)
+    except ValidationError as error:
+        lines = _one_line_per_field([_sentence(e, tables) for e in error.errors()])
+    count = "1 mistake" if len(lines) == 1 else f"{len(lines)} mistakes"
+    raise InputError(f"{name}: {count}\n" + "\n".join(f"  {line}" for line in lines))
+
+
+def _one_line_per_field(sentences: list[str]) -> list[str]:
+    """Join the errors that a union of types reports, one per alternative, into one line."""
+    lines: list[str] = []
+    for sentence in sentences:
+        start = sentence.split("it should be ")[0]
+        if lines and "it should be " in sentence and lines[-1].startswith(start):
+            lines[-1] += " or " + sentence[len(start) + len("it should be ") :]
+        else:
+            lines.append(sentence)
+    return lines
+
+
+def _sentence(error: Any, tables: dict) -> str:
+    kernels = ("mclmc", "nuts", "hmc")
+    path = [str(p) for p in error["loc"]]
+    if len(path) > 1 and path[0] == "sampler" and path[1] in kernels:
+        path.pop(1)
+    # Pydantic adds the alternative of a union to the path; a user's file has no such key.
+    path = [p for p in path if p not in ("float", "str", "list[str]") and "literal" not in p]
+    field, found = ".".join(path), error.get("input")
+    if error["type"] == "extra_forbidden":
+        known = _known_keys(path[:-1], tables)
+        near = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.5)
+        hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"
+        return f"{field}: unknown key{hint}"
+    if error["type"] == "missing":
+        return f"{field}: missing, and needed"
+    if error["type"] == "value_error":
+        return f"{field}: {error['ctx']['error']!s}"
+    if error["type"] == "union_tag_invalid":
+        return (
+            f"sampler.kernel: found {found.get('kernel')!r}, expected one of {', '.join(kernels)}"
+        )
+    message = error["msg"][0].lower() + error["msg"][1:]
+    message = message.split(", unable to parse")[0]
+    return f"{field}: found {found!r}, but {message.replace('input should', 'it should')}"
+
+
+def _known_keys(path: Sequence[str], tables: dict) -> list[str]:
+    """Return the keys that the section at this path knows."""
+    model: Any = Config
+    for part in path:
+        if part == "sampler":
+            kernel = tables["sampler"].get("kernel", "mclmc")
+            model = {"mclmc": MCLMCConfig, "nuts": NUTSConfig, "hmc": HMCConfig}[kernel]
+            continue
+        if part not in model.model_fields:
+            continue  # a name of the user's own, such as a layer
+        model = _section_of(model.model_fields[part].annotation)
+    return list(model.model_fields)
+
+
+def _section_of(annotation: Any) -> Any:
+    if get_origin(annotation) in (Union, types.UnionType, dict, Annotated):
+        sections = [s for s in map(_section_of, get_args(annotation)) if s is not None]
+        return sections[0] if sections else None
+    return annotation if hasattr(annotation, "model_fields") else None
+
+
+def set_keys(tables: dict[str, Any], settings: Sequence[str]) -> dict[str, Any]:
+    """Return the tables with ``section.key=value`` settings applied.
+
+    Parameters
+    ----------
+    tables : dict
+    settings : sequence of str
+        Values are written as in TOML; a value that is not TOML is taken as a string.
+
+    Raises
+    ------
+    InputError
+        A setting without "=", or one that goes through a value as if it were a section.
+    """
+    result = _copy(tables)
+    for setting in settings:
+        key, equals, text = setting.partition("=")
+        if not equals or not key.strip():
+            raise InputError(f"--set {setting}: expected section.key=value")
+        try:
+            value = tomllib.loads(f"v = {text}")["v"]
+        except tomllib.TOMLDecodeError:
+            value = text.strip()
+        parts = key.strip().split(".")
+        table = result
+        for part in parts[:-1]:
+            table = table.setdefault(part, {})
+            if not isinstance(table, dict):
+                raise InputError(f"--set {setting}: {part!r} is a value, not a section")
+        table[parts[-1]] = value
+    return result
+
+
+def _copy(tables: dict) -> dict:
+    return {k: _copy(v) if isinstance(v, dict) else v for k, v in tables.items()}
+
+
+def read_tables(path: str | Path) -> dict[str, Any]:
+    """Read an experiment file.
+
+    Raises
+    ------
+    InputError
+        No such file (the nearest names are given), or not TOML.
+    """
+    path = Path(path)
+    if not path.is_file():
+        folder = path.parent if path.parent.is_dir() else Path()
+        names = [p.name for p in folder.glob("*.toml")]
+        near = difflib.get_close_matches(path.name, names, n=2)
+        hint = f"; did you mean {' or '.join(str(folder / n) for n in near)}?" if near else ""
+        raise InputError(f"{path}: no such experiment file{hint}")
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not a TOML file: {error}") from error
+
+
+def read_config(path: str | Path, settings: Sequence[str] = ()) -> Config:
+    """Read an experiment file and apply ``--set`` settings.
+
+    Parameters
+    ----------
+    path : path
+    settings : sequence of str
+        See `set_keys`.
+
+    Returns
+    -------
+    Config
+
+    Raises
+    ------
+    InputError
+        All mistakes at once.
+    """
+    return parse(set_keys(read_tables(path), settings), str(path))
+
+
+def to_toml(config: Config) -> str:
+    """Write a config as TOML, every default spelt out."""
+    return tomli_w.dumps(config.model_dump(exclude_none=True))

@@ -1,0 +1,1 @@
+"""Networks: a `Network` is a pair of pure functions, `init` and `apply`."""

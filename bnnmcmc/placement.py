@@ -1,0 +1,173 @@
+"""Which chain runs where: devices, sharding, one by one or side by side."""
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from bnnmcmc.errors import InputError
+
+AXIS = "chain"
+
+
+@dataclass(frozen=True)
+class Placement:
+    """How chains are spread.
+
+    Parameters
+    ----------
+    chains : int
+        Number of chains asked for.
+    devices : tuple of jax.Device
+        The chain axis is split evenly over them; the last shares are filled up with copies of
+        the last chain, whose results are discarded.
+    mode : "map" or "vmap"
+        On each device, run groups of chains one after the other, or all chains side by side.
+    group : int
+        In mode "map", how many chains advance together.
+    """
+
+    chains: int
+    devices: tuple[Any, ...]
+    mode: Literal["map", "vmap"]
+    group: int = 1
+
+    @property
+    def padded(self) -> int:
+        """Length of the chain axis on the devices."""
+        per_device = -(-self.chains // len(self.devices))
+        return per_device * len(self.devices)
+
+    def describe(self) -> str:
+        """Say it in words, for the summary."""
+        kinds = sorted({d.device_kind for d in self.devices})
+        n = len(self.devices)
+        platform = {"cpu": "CPU core", "gpu": "GPU"}.get(self.devices[0].platform, "device")
+        per = -(-self.chains // n)
+        how = "side by side" if self.mode == "vmap" else "one after the other"
+        if self.mode == "map" and self.group > 1:
+            how = f"in groups of {self.group}"
+        plural = "s" if n > 1 else ""
+        name = "" if platform == "CPU core" else f" ({', '.join(kinds)})"
+        return f"{self.chains} chains on {n} {platform}{plural}{name}, {per} each, {how}"
+
+
+def use_all_cores(cores: int | None = None) -> None:
+    """Make every CPU core a JAX device. Does something only before JAX is first used.
+
+    Parameters
+    ----------
+    cores : int
+        Number of CPU devices; the cores this process may use if not given.
+    """
+    count = cores or len(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else [0])
+    jax.config.update("jax_num_cpu_devices", count)
+
+
+def place(
+    chains: int,
+    devices: Sequence[Any] | None = None,
+    mode: Literal["map", "vmap"] | None = None,
+    group: int = 1,
+) -> Placement:
+    """Choose where chains run.
+
+    Parameters
+    ----------
+    chains : int
+        Number of chains.
+    devices : sequence of jax.Device
+        All devices of the default backend if not given; never more than there are chains.
+    mode : "map" or "vmap"
+        "map" on CPUs (a chain's working set stays in cache and no chain waits for another's
+        longer trajectory), "vmap" elsewhere, if not given.
+    group : int
+        See `Placement`.
+
+    Returns
+    -------
+    Placement
+    """
+    if chains < 1:
+        raise InputError(f"chains: found {chains}, expected at least 1")
+    found = tuple(devices if devices is not None else jax.devices())
+    used = found[: min(chains, len(found))]
+    chosen = mode or ("map" if used[0].platform == "cpu" else "vmap")
+    return Placement(chains, used, chosen, max(1, group))
+
+
+def over_chains(
+    function: Callable[..., Any], placement: Placement, donate: bool = False
+) -> Callable[..., Any]:
+    """Compile ``function(chain_values, *shared)`` so that it runs for all chains.
+
+    Parameters
+    ----------
+    function : callable
+        Acts on one chain: a pytree without chain axis, and shared arguments (data, keys, counts).
+    placement : Placement
+    donate : bool
+        Give the buffers of the chain values away to the result.
+
+    Returns
+    -------
+    callable
+        Compiled; takes and returns pytrees with leading axis ``placement.padded``, as made by
+        `spread`.
+    """
+    mesh = _mesh(placement)
+
+    def on_device(chain_values, *shared):
+        if placement.mode == "vmap":
+            return jax.vmap(lambda one: function(one, *shared))(chain_values)
+        if placement.group == 1:
+            return jax.lax.map(lambda one: function(one, *shared), chain_values)
+        return jax.lax.map(
+            lambda one: function(one, *shared), chain_values, batch_size=placement.group
+        )
+
+    def sharded(chain_values, *shared):
+        return jax.shard_map(
+            on_device,
+            mesh=mesh,
+            in_specs=(P(AXIS), *(P() for _ in shared)),
+            out_specs=P(AXIS),
+            check_vma=False,
+        )(chain_values, *shared)
+
+    return jax.jit(sharded, donate_argnums=(0,) if donate else ())
+
+
+def spread(tree: Any, placement: Placement) -> Any:
+    """Put a pytree with leading axis ``chains`` on the devices, filled up to ``padded``."""
+    extra = placement.padded - placement.chains
+    sharding = NamedSharding(_mesh(placement), P(AXIS))
+
+    def put(leaf):
+        leaf = jnp.asarray(leaf)
+        if extra:
+            leaf = jnp.concatenate([leaf, jnp.repeat(leaf[-1:], extra, axis=0)])
+        return jax.device_put(leaf, sharding)
+
+    return jax.tree.map(put, tree)
+
+
+def replicate(tree: Any, placement: Placement) -> Any:
+    """Put a copy of every array on every device."""
+    sharding = NamedSharding(_mesh(placement), P())
+    return jax.tree.map(lambda leaf: jax.device_put(jnp.asarray(leaf), sharding), tree)
+
+
+def gather(tree: Any, placement: Placement) -> Any:
+    """Bring a pytree with leading axis ``padded`` to the host, ``chains`` entries long."""
+    return jax.tree.map(lambda leaf: np.asarray(leaf)[: placement.chains], tree)
+
+
+def _mesh(placement: Placement) -> Mesh:
+    return Mesh(np.array(placement.devices), (AXIS,), axis_types=(AxisType.Auto,))

@@ -1,0 +1,143 @@
+"""The log-density of a Bayesian neural network."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from bnnmcmc.errors import InputError
+from bnnmcmc.likelihoods import Likelihood
+from bnnmcmc.models.network import Network
+from bnnmcmc.priors import Prior
+
+
+@dataclass(frozen=True)
+class Posterior:
+    r"""A network, a likelihood and a prior: what is sampled.
+
+    .. math:: \log p(\theta, \phi \mid x, y) = \log p(\theta) + \log p(\phi)
+              + \sum_i \log p(y_i \mid f_\theta(x_i), \phi) + \text{const}
+
+    A position is ``{"network": params, "likelihood": params}``; the second part is empty for a
+    likelihood without parameters of its own. Data are arguments, never part of the object.
+
+    Parameters
+    ----------
+    network : Network
+    likelihood : Likelihood
+    prior : Prior
+        Over the network's parameters.
+    """
+
+    network: Network
+    likelihood: Likelihood
+    prior: Prior
+
+    def init(self, key: jax.Array) -> Any:
+        """Return a start position: the network's own initialisation."""
+        return {"likelihood": self.likelihood.init(), "network": self.network.init(key)}
+
+    def distribution(self, position: Any, x: jax.Array):
+        """Return the predictive distribution of one position for rows ``x`` (rows, features)."""
+        outputs = self.network.apply(position["network"], x)
+        return self.likelihood.distribution(position["likelihood"], outputs)
+
+    def log_prior(self, position: Any) -> jax.Array:
+        """Return the log prior density (scalar) of a position."""
+        return self.prior.log_density(position["network"]) + self.likelihood.log_prior(
+            position["likelihood"]
+        )
+
+    def pointwise_log_likelihood(self, position: Any, x: jax.Array, y: jax.Array) -> jax.Array:
+        """Return the log-likelihood of every row, ``(rows,)``."""
+        return self.distribution(position, x).log_prob(y)
+
+    def log_likelihood(self, position: Any, x: jax.Array, y: jax.Array) -> jax.Array:
+        """Return the log-likelihood summed over rows (scalar)."""
+        return self.pointwise_log_likelihood(position, x, y).sum()
+
+    def log_density(self, position: Any, x: jax.Array, y: jax.Array) -> jax.Array:
+        """Return the unnormalised log posterior density (scalar)."""
+        return self.log_prior(position) + self.log_likelihood(position, x, y)
+
+
+def check_outputs(posterior: Posterior, x, y) -> None:
+    """Check, without computing anything, that network, likelihood and data fit together.
+
+    Parameters
+    ----------
+    posterior : Posterior
+    x : array (rows, features)
+    y : array (rows, targets) or (rows,)
+
+    Raises
+    ------
+    InputError
+        The network's outputs do not have the shape the likelihood needs, or the log-density is
+        not one value per row.
+    """
+    position = jax.eval_shape(posterior.init, jax.random.key(0))
+    rows = x.shape[0]
+    try:
+        outputs = jax.eval_shape(posterior.network.apply, position["network"], x)
+    except TypeError as error:
+        raise InputError(
+            f"the network cannot be applied to {x.shape[1]} features: {error}"
+        ) from error
+    expected = (rows, posterior.likelihood.num_outputs)
+    if tuple(outputs.shape) != expected:
+        raise InputError(
+            f"the network's outputs have shape {tuple(outputs.shape)} for {rows} rows, but the "
+            f"likelihood needs {expected}: give the network {expected[1]} outputs"
+        )
+    density = jax.eval_shape(posterior.pointwise_log_likelihood, position, x, y)
+    if tuple(density.shape) != (rows,):
+        raise InputError(
+            f"the likelihood gives log-densities of shape {tuple(density.shape)} for targets of "
+            f"shape {tuple(y.shape)}, expected one per row, ({rows},)"
+        )
+
+
+def check_finite(posterior: Posterior, positions: Any, x, y, label: str = "chain") -> None:
+    """Check that prior, likelihood and gradient are finite at every start position.
+
+    Parameters
+    ----------
+    posterior : Posterior
+    positions : pytree
+        Positions stacked on the leading axis, (chain, *leaf).
+    x, y : arrays
+        The data that will be sampled on.
+    label : str
+        What an entry of the leading axis is called in messages.
+
+    Raises
+    ------
+    InputError
+        Names the first chain at fault, and whether prior, likelihood or gradient is not finite.
+    """
+
+    @jax.jit
+    def parts(positions, x, y):
+        def one(position):
+            gradient = jax.grad(posterior.log_density)(position, x, y)
+            largest = jnp.stack([jnp.abs(g).sum() for g in jax.tree.leaves(gradient)]).sum()
+            return (
+                posterior.log_prior(position),
+                posterior.log_likelihood(position, x, y),
+                largest,
+            )
+
+        return jax.lax.map(one, positions)
+
+    names = ("log prior", "log-likelihood", "gradient of the log-density")
+    for name, values in zip(names, parts(positions, x, y), strict=True):
+        bad = [int(i) for i in jnp.flatnonzero(~jnp.isfinite(values))]
+        if bad:
+            more = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
+            raise InputError(
+                f"{label} {bad[0]}{more}: the {name} at the start position is "
+                f"{float(values[bad[0]])}, expected a finite number. Check the scales of prior and "
+                "likelihood, lower ensemble.learning_rate, or try another run.seed"
+            )

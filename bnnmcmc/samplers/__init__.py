@@ -1,0 +1,1 @@
+"""MCMC kernels behind one protocol (see `bnnmcmc.samplers.kernel`)."""

@@ -1,0 +1,97 @@
+"""Hamiltonian Monte Carlo (blackjax) with jittered trajectories, with window adaptation."""
+
+from typing import NamedTuple
+
+import blackjax
+import jax
+import jax.numpy as jnp
+
+from bnnmcmc.errors import InputError
+from bnnmcmc.samplers.kernel import Kernel
+from bnnmcmc.samplers.window import window_warmup
+
+
+class HMCInfo(NamedTuple):
+    """Statistics of one HMC transition."""
+
+    log_density: jax.Array
+    energy: jax.Array
+    acceptance_rate: jax.Array
+    diverging: jax.Array
+    gradients: jax.Array
+    step_size: jax.Array
+
+
+def hmc(
+    num_leapfrog: int = 30,
+    jitter: float = 0.5,
+    target_acceptance: float = 0.8,
+    initial_step_size: float = 0.01,
+) -> Kernel:
+    """Build Hamiltonian Monte Carlo with a diagonal metric.
+
+    The number of leapfrog steps of a draw is uniform on
+    ``(1 - jitter) * num_leapfrog .. (1 + jitter) * num_leapfrog``, so that no direction is in
+    resonance with the trajectory; the choice does not look at the state, so the target stays
+    invariant (Neal 2011, section 5.4.2.2).
+
+    Parameters
+    ----------
+    num_leapfrog : int
+        Mean number of leapfrog steps, one gradient each.
+    jitter : float
+        Relative half-width, in [0, 1); 0 fixes the length.
+    target_acceptance : float
+        Acceptance rate the warm-up aims at, in (0, 1).
+    initial_step_size : float
+        Step size at the first warm-up step.
+
+    Returns
+    -------
+    Kernel
+
+    Raises
+    ------
+    InputError
+        An argument out of range.
+    """
+    if num_leapfrog < 1:
+        raise InputError(f"sampler.num_leapfrog: found {num_leapfrog}, expected at least 1")
+    if not 0 <= jitter < 1:
+        raise InputError(f"sampler.jitter: found {jitter}, expected 0 <= jitter < 1")
+    if not 0 < target_acceptance < 1:
+        raise InputError(
+            f"sampler.target_acceptance: found {target_acceptance}, expected between 0 and 1"
+        )
+    if not initial_step_size > 0:
+        raise InputError(
+            f"sampler.initial_step_size: found {initial_step_size}, expected more than 0"
+        )
+    transition = blackjax.hmc.build_kernel()
+    shortest = max(1, round((1 - jitter) * num_leapfrog))
+    longest = max(shortest, round((1 + jitter) * num_leapfrog))
+
+    def init(key, position, log_density):
+        return blackjax.hmc.init(position, log_density)
+
+    def step(key, state, params, log_density):
+        key_length, key_move = jax.random.split(key)
+        length = jax.random.randint(key_length, (), shortest, longest + 1)
+        state, info = transition(
+            key_move, state, log_density, params.step_size, params.inverse_mass_matrix, length
+        )
+        return state, HMCInfo(
+            state.logdensity,
+            info.energy,
+            # A trajectory that left the finite numbers is a rejection, not an unknown rate.
+            jnp.where(jnp.isfinite(info.acceptance_rate), info.acceptance_rate, 0.0),
+            info.is_divergent,
+            length,
+            params.step_size,
+        )
+
+    def warmup(num_steps: int):
+        return window_warmup(step, num_steps, initial_step_size, target_acceptance)
+
+    fixed = num_leapfrog if shortest == longest else None
+    return Kernel("hmc", init, warmup, step, exact=True, gradients_per_step=fixed)

@@ -1,0 +1,73 @@
+"""The kernel protocol: what the block loop needs of a sampler.
+
+A kernel sees a log-density over a flat vector and nothing of the model behind it. It works on
+one chain; the block loop advances many.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+
+LogDensity = Callable[[jax.Array], jax.Array]
+
+# How a statistic of several steps becomes the statistic of one kept draw. Statistics are named
+# by what they are, so every kernel's `Info` uses names from this table.
+REDUCTIONS = {
+    "log_density": "last",
+    "energy": "last",
+    "step_size": "last",
+    "decoherence_length": "last",
+    "acceptance_rate": "mean",
+    "energy_error_squared": "mean",
+    "tree_depth": "max",
+    "diverging": "sum",
+    "gradients": "sum",
+}
+
+
+class Warmup(NamedTuple):
+    """The adaptation of one chain, step by step.
+
+    Parameters
+    ----------
+    init : callable
+        ``init(position) -> adaptation``: the adaptation's state before the first step.
+    step : callable
+        ``step(key, state, adaptation, t, log_density) -> (state, adaptation, Info)``, where
+        ``t`` counts from zero.
+    finish : callable
+        ``finish(adaptation) -> params`` for `Kernel.step`. May be called before the last step:
+        the parameters are then the best known so far.
+    """
+
+    init: Callable[[jax.Array], Any]
+    step: Callable[..., tuple[Any, Any, Any]]
+    finish: Callable[[Any], Any]
+
+
+class Kernel(NamedTuple):
+    """A sampler.
+
+    Parameters
+    ----------
+    name : str
+    init : callable
+        ``init(key, position, log_density) -> State``; a State is a NamedTuple with a field
+        ``position`` (size,) and a field ``logdensity``.
+    warmup : callable
+        ``warmup(num_steps) -> Warmup``.
+    step : callable
+        ``step(key, state, params, log_density) -> (State, Info)``.
+    exact : bool
+        Whether the kernel leaves the target invariant (unadjusted kernels have a bias).
+    gradients_per_step : int or None
+        Gradient evaluations in one step, None if it varies.
+    """
+
+    name: str
+    init: Callable[[jax.Array, jax.Array, LogDensity], Any]
+    warmup: Callable[[int], Warmup]
+    step: Callable[[jax.Array, Any, Any, LogDensity], tuple[Any, Any]]
+    exact: bool
+    gradients_per_step: int | None

@@ -1,0 +1,243 @@
+"""Microcanonical Langevin Monte Carlo (blackjax, unadjusted), with the MILE tuning."""
+
+from typing import NamedTuple
+
+import blackjax
+import jax
+import jax.numpy as jnp
+from blackjax.mcmc import integrators
+
+from bnnmcmc.errors import InputError
+from bnnmcmc.samplers.kernel import Kernel, Warmup
+
+INTEGRATORS = {
+    "leapfrog": (integrators.isokinetic_velocity_verlet, 1),
+    "minimal_norm": (integrators.isokinetic_mclachlan, 2),
+}
+
+# Phase 3 keeps at most this many draws and coordinates to estimate autocorrelation times.
+MAX_TUNING_DRAWS = 1000
+MAX_TUNING_COORDINATES = 1000
+
+
+class MCLMCParams(NamedTuple):
+    """Step size and momentum decoherence length L (scalars)."""
+
+    step_size: jax.Array
+    decoherence_length: jax.Array
+
+
+class MCLMCInfo(NamedTuple):
+    """Statistics of one MCLMC step; ``energy_error_squared`` is per dimension (EEVPD)."""
+
+    log_density: jax.Array
+    energy_error_squared: jax.Array
+    diverging: jax.Array
+    gradients: jax.Array
+    step_size: jax.Array
+    decoherence_length: jax.Array
+
+
+class MILEState(NamedTuple):
+    """Running estimates of the three phases."""
+
+    params: MCLMCParams
+    weight_sum: jax.Array
+    weighted_error: jax.Array
+    max_step_size: jax.Array
+    moment_weight: jax.Array
+    mean: jax.Array
+    mean_square: jax.Array
+    kept: jax.Array
+    num_kept: jax.Array
+
+
+def mclmc(
+    integrator: str = "leapfrog",
+    energy_variance_start: float = 5.0,
+    energy_variance_end: float = 0.05,
+    initial_step_size: float = 0.005,
+) -> Kernel:
+    r"""Build unadjusted MCLMC, tuned per chain as in MILE.
+
+    The warm-up has three phases. In the first eight tenths the step size follows the energy
+    error :math:`\Delta E`: with :math:`\xi = \Delta E^2 / (d v)`, weights
+    :math:`w = \exp(-\tfrac12 (\ln \xi / 9)^2)` and memory :math:`\lambda = 99/101`,
+
+    .. math:: \bar x \leftarrow \lambda \bar x + w \xi \epsilon^{-6}, \quad
+              \tau \leftarrow \lambda \tau + w, \quad
+              \epsilon = (\bar x / \tau)^{-1/6},
+
+    where the wanted energy variance per dimension v falls linearly from
+    ``energy_variance_start`` to ``energy_variance_end``. In the next tenth the moments of the
+    position give :math:`L = \sqrt{\sum_i \mathrm{Var}[\theta_i]}` (the step size still adapts);
+    in the last tenth :math:`L = 0.4\, \epsilon\, \mathrm{mean}_i(n / \mathrm{ESS}_i)`. Starts at
+    :math:`L = \max(\sqrt d, 15)`. A step that leaves the finite numbers is taken back and caps
+    the step size at 0.8 of what it was.
+
+    Parameters
+    ----------
+    integrator : str
+        ``"leapfrog"`` (one gradient a step) or ``"minimal_norm"`` (two).
+    energy_variance_start, energy_variance_end : float
+        Wanted energy error variance per dimension, at the start and end of tuning. The end value
+        sets the bias of the draws: there is no accept-reject step.
+    initial_step_size : float
+        Step size at the first warm-up step.
+
+    Returns
+    -------
+    Kernel
+
+    Raises
+    ------
+    InputError
+        An argument out of range.
+
+    References
+    ----------
+    Robnik and Seljak (2023), 2303.18221; Sommer et al. (2025), 2502.06335 (MILE), appendix.
+    """
+    if integrator not in INTEGRATORS:
+        raise InputError(
+            f"sampler.integrator: found {integrator!r}, expected one of {', '.join(INTEGRATORS)}"
+        )
+    for name, value in (
+        ("energy_variance_start", energy_variance_start),
+        ("energy_variance_end", energy_variance_end),
+        ("initial_step_size", initial_step_size),
+    ):
+        if not value > 0:
+            raise InputError(f"sampler.{name}: found {value}, expected more than 0")
+    rule, gradients = INTEGRATORS[integrator]
+    transition = blackjax.mclmc.build_kernel(integrator=rule)
+
+    def init(key, position, log_density):
+        if position.shape[0] < 2:
+            raise InputError("mclmc needs at least 2 parameters; use nuts for a single one")
+        return blackjax.mclmc.init(position, log_density, key)
+
+    def step(key, state, params, log_density):
+        state, info = transition(
+            key, state, log_density, 1.0, params.decoherence_length, params.step_size
+        )
+        return state, MCLMCInfo(
+            state.logdensity,
+            jnp.square(info.energy_change) / state.position.shape[0],
+            ~jnp.asarray(info.nonans),
+            jnp.asarray(gradients, jnp.int32),
+            params.step_size,
+            params.decoherence_length,
+        )
+
+    def warmup(num_steps: int) -> Warmup:
+        return mile_warmup(
+            step, num_steps, energy_variance_start, energy_variance_end, initial_step_size
+        )
+
+    return Kernel("mclmc", init, warmup, step, exact=False, gradients_per_step=gradients)
+
+
+def mile_warmup(step, num_steps, variance_start, variance_end, initial_step_size) -> Warmup:
+    """Build the three-phase MILE warm-up around an MCLMC ``step`` (see `mclmc`)."""
+    end_step_size = round(0.8 * num_steps)
+    end_moments = round(0.9 * num_steps)
+    tuning_draws = num_steps - end_moments
+    every = max(1, -(-tuning_draws // MAX_TUNING_DRAWS))
+    capacity = tuning_draws // every
+    memory = (100 - 1) / (100 + 1)
+
+    def coordinates(position: jax.Array) -> jax.Array:
+        stride = max(1, -(-position.shape[0] // MAX_TUNING_COORDINATES))
+        return position[::stride]
+
+    def init(position: jax.Array) -> MILEState:
+        dimension, dtype = position.shape[0], position.dtype
+        zero = jnp.zeros((), dtype)
+        return MILEState(
+            MCLMCParams(
+                jnp.asarray(initial_step_size, dtype),
+                jnp.asarray(max(dimension**0.5, 15.0), dtype),
+            ),
+            zero,
+            zero,
+            jnp.asarray(jnp.inf, dtype),
+            zero,
+            jnp.zeros_like(position),
+            jnp.zeros_like(position),
+            jnp.zeros((capacity, *coordinates(position).shape), dtype),
+            jnp.zeros((), jnp.int32),
+        )
+
+    def tune_step_size(a: MILEState, info: MCLMCInfo, t) -> MILEState:
+        progress = jnp.minimum(t / max(end_moments, 1), 1.0)
+        wanted = variance_start + (variance_end - variance_start) * progress
+        epsilon = a.params.step_size
+        xi = info.energy_error_squared / wanted + 1e-8
+        weight = jnp.exp(-0.5 * jnp.square(jnp.log(xi) / (6.0 * 1.5)))
+        # A step taken back says only that epsilon was too large.
+        weight = jnp.where(info.diverging, 0.0, weight)
+        longest = jnp.where(info.diverging, 0.8 * epsilon, a.max_step_size)
+        error = memory * a.weighted_error + weight * xi / epsilon**6
+        total = memory * a.weight_sum + weight
+        fitted = jnp.where(total > 0, (error / total) ** (-1.0 / 6.0), epsilon)
+        params = a.params._replace(step_size=jnp.minimum(fitted, longest))
+        return a._replace(
+            params=params, weighted_error=error, weight_sum=total, max_step_size=longest
+        )
+
+    def add_moments(a: MILEState, position: jax.Array, info: MCLMCInfo) -> MILEState:
+        weight = jnp.where(info.diverging, 0.0, info.step_size)
+        total = a.moment_weight + weight
+        share = jnp.where(total > 0, weight / total, 0.0)
+        return a._replace(
+            moment_weight=total,
+            mean=a.mean + share * (position - a.mean),
+            mean_square=a.mean_square + share * (jnp.square(position) - a.mean_square),
+        )
+
+    def length_from_moments(a: MILEState) -> MILEState:
+        spread = jnp.sqrt(jnp.sum(jnp.maximum(a.mean_square - jnp.square(a.mean), 0.0)))
+        length = jnp.where(
+            (a.moment_weight > 0) & (spread > 0), spread, a.params.decoherence_length
+        )
+        return a._replace(params=a.params._replace(decoherence_length=length))
+
+    def keep(a: MILEState, position: jax.Array, t) -> MILEState:
+        since = t - end_moments
+        slot = since // every
+        use = (since % every == every - 1) & (slot < capacity)
+        kept = jax.lax.cond(
+            use,
+            lambda kept: kept.at[slot].set(coordinates(position)),
+            lambda kept: kept,
+            a.kept,
+        )
+        return a._replace(kept=kept, num_kept=a.num_kept + use)
+
+    def warm(key, state, a: MILEState, t, log_density):
+        state, info = step(key, state, a.params, log_density)
+
+        def first_phases(a):
+            a = tune_step_size(a, info, t)
+            a = jax.lax.cond(
+                t >= end_step_size, lambda a: add_moments(a, state.position, info), lambda a: a, a
+            )
+            return jax.lax.cond(t == end_moments - 1, length_from_moments, lambda a: a, a)
+
+        a = jax.lax.cond(t < end_moments, first_phases, lambda a: keep(a, state.position, t), a)
+        return state, a, info
+
+    def finish(a: MILEState) -> MCLMCParams:
+        if capacity < 4:
+            return a.params
+        # effective_sample_size wants (chain, draw, coordinate).
+        ess = blackjax.diagnostics.effective_sample_size(a.kept[None])
+        tau = every * capacity / ess
+        length = 0.4 * a.params.step_size * jnp.mean(tau)
+        usable = (a.num_kept == capacity) & jnp.isfinite(length) & (length > 0)
+        return a.params._replace(
+            decoherence_length=jnp.where(usable, length, a.params.decoherence_length)
+        )
+
+    return Warmup(init, warm, finish)

@@ -1,0 +1,476 @@
+"""The block loop: all chains advance by a block of kept draws, in one compiled call.
+
+Inside a call there is no host: loops, thinning and adaptation run on the devices. Between calls
+the caller gets the block's draws and the chains' state, and may store them, show progress, or
+stop. How many draws a call makes is an argument of the compiled function, so any division into
+blocks runs the same instructions and gives the same draws.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bnnmcmc import trees
+from bnnmcmc.errors import InputError
+from bnnmcmc.keys import stage_key
+from bnnmcmc.placement import Placement, gather, over_chains, place, replicate, spread
+from bnnmcmc.samplers.kernel import REDUCTIONS, Kernel
+from bnnmcmc.samplers.table import kernel_named
+
+# A block is sized to take about this long, so that progress, Ctrl-C and time budgets are prompt.
+TARGET_SECONDS = 1.0
+# Most bytes of draws that one block may hold on the devices.
+MAX_BLOCK_BYTES = 64 * 2**20
+WARMUP_RECORDS = 200
+
+
+class Schedule(NamedTuple):
+    """How steps are grouped into records: ``total`` steps, one record every ``thin``."""
+
+    total: int
+    thin: int
+
+    @property
+    def records(self) -> int:
+        """Number of records; the last may cover fewer steps."""
+        return -(-self.total // self.thin)
+
+
+class Block(NamedTuple):
+    """What one call computed.
+
+    Parameters
+    ----------
+    start, count : int
+        Records ``start .. start + count - 1``.
+    draws : numpy array or None
+        (chain, count, size) positions, None during warm-up.
+    stats : dict
+        name -> (chain, count).
+    carry : pytree
+        The chains' state after the block, on the devices.
+    seconds : float
+        Wall time of the call.
+    """
+
+    start: int
+    count: int
+    draws: np.ndarray | None
+    stats: dict[str, np.ndarray]
+    carry: Any
+    seconds: float
+
+
+class Program(NamedTuple):
+    """The compiled functions of one sampling problem (see `build_program`)."""
+
+    kernel: Kernel
+    placement: Placement
+    layout: trees.Layout
+    warmup: Schedule
+    sampling: Schedule
+    capacity: int
+    start: Callable[..., Any]
+    warm: Callable[..., Any]
+    finish: Callable[..., Any]
+    draw: Callable[..., Any]
+    traces: dict[str, int]
+
+
+def build_program(
+    log_density: Callable[..., jax.Array],
+    kernel: Kernel,
+    of: trees.Layout,
+    placement: Placement,
+    *,
+    warmup: int,
+    draws: int,
+    thin: int,
+    capacity: int | None = None,
+) -> Program:
+    """Compile (on first use) what is needed to sample a density.
+
+    Parameters
+    ----------
+    log_density : callable
+        ``log_density(position, *data) -> scalar``; position is a pytree, data are arrays.
+    kernel : Kernel
+    of : trees.Layout
+        Layout of one position.
+    placement : Placement
+    warmup, draws, thin : int
+        Warm-up steps; kept draws per chain; steps per kept draw.
+    capacity : int
+        Most draws in one call; chosen by memory if not given.
+
+    Returns
+    -------
+    Program
+        ``traces`` counts how often each function was traced: once each, however many blocks.
+    """
+    dtype = jnp.result_type(float)
+    template = trees.unflatten(jnp.zeros((of.size,), dtype), of)
+    unravel = trees.unraveler(template)
+    warm_rules = kernel.warmup(warmup)
+    warm_schedule = Schedule(warmup, max(1, warmup // WARMUP_RECORDS))
+    draw_schedule = Schedule(draws * thin, thin)
+    if capacity is None:
+        row_bytes = placement.padded * (of.size * dtype.itemsize + 64)
+        capacity = int(np.clip(MAX_BLOCK_BYTES // row_bytes, 1, max(draws, 1)))
+    traces = {"start": 0, "warm": 0, "finish": 0, "draw": 0}
+
+    def density_of(data):
+        return lambda flat: log_density(unravel(flat), *data)
+
+    def start_chain(chain, key, data):
+        traces["start"] += 1
+        index, position = chain
+        state = kernel.init(jax.random.fold_in(key, index), position, density_of(data))
+        return state, warm_rules.init(position)
+
+    def warm_chain(carry, key, first, count, data):
+        traces["warm"] += 1
+        density = density_of(data)
+        chain_key = jax.random.fold_in(key, carry[0])
+
+        def step(t, inner):
+            state, adaptation = inner
+            state, adaptation, info = warm_rules.step(
+                jax.random.fold_in(chain_key, t), state, adaptation, t, density
+            )
+            return (state, adaptation), info
+
+        inner, records = _records(step, carry[1:], first, count, warm_schedule, WARMUP_RECORDS)
+        return (carry[0], *inner), records
+
+    def finish_chain(adaptation):
+        traces["finish"] += 1
+        return warm_rules.finish(adaptation)
+
+    def draw_chain(carry, key, first, count, data):
+        traces["draw"] += 1
+        density = density_of(data)
+        index, state, params = carry
+        chain_key = jax.random.fold_in(key, index)
+
+        def step(t, state):
+            return kernel.step(jax.random.fold_in(chain_key, t), state, params, density)
+
+        state, records = _records(
+            step, state, first, count, draw_schedule, capacity, keep=lambda state: state.position
+        )
+        return (index, state, params), records
+
+    return Program(
+        kernel,
+        placement,
+        of,
+        warm_schedule,
+        draw_schedule,
+        capacity,
+        over_chains(start_chain, placement),
+        over_chains(warm_chain, placement, donate=True),
+        over_chains(finish_chain, placement),
+        over_chains(draw_chain, placement, donate=True),
+        traces,
+    )
+
+
+def _records(step, carry, first, count, schedule: Schedule, capacity: int, keep=None):
+    """Run records ``first .. first + count - 1`` of one chain into buffers of ``capacity``.
+
+    ``first`` and ``count`` are traced: one compiled loop serves every block. Returns the carry
+    and ``(kept positions or None, statistics)``.
+    """
+    info_shape = jax.eval_shape(lambda c: step(jnp.zeros((), jnp.int32), c)[1], carry)
+    zero = {n: jnp.zeros(s.shape, _stat_dtype(n, s)) for n, s in info_shape._asdict().items()}
+    buffers = {n: jnp.zeros((capacity, *z.shape), z.dtype) for n, z in zero.items()}
+    kept = None
+    if keep is not None:
+        position = keep(carry)
+        kept = jnp.zeros((capacity, *position.shape), position.dtype)
+
+    def one_record(i, loop):
+        carry, kept, buffers = loop
+        low = (first + i) * schedule.thin
+        high = jnp.minimum(low + schedule.thin, schedule.total)
+
+        def one_step(t, inner):
+            carry, sums = inner
+            carry, info = step(t, carry)
+            return carry, _accumulate(sums, info._asdict())
+
+        carry, sums = jax.lax.fori_loop(low, high, one_step, (carry, zero))
+        sums = {
+            n: v / (high - low).astype(v.dtype) if REDUCTIONS[n] == "mean" else v
+            for n, v in sums.items()
+        }
+        if kept is not None:
+            kept = kept.at[i].set(keep(carry))
+        return carry, kept, {n: buffers[n].at[i].set(sums[n]) for n in buffers}
+
+    carry, kept, buffers = jax.lax.fori_loop(0, count, one_record, (carry, kept, buffers))
+    return carry, (kept, buffers)
+
+
+def _stat_dtype(name: str, shape) -> Any:
+    return jnp.int32 if REDUCTIONS[name] in ("sum", "max") else shape.dtype
+
+
+def _accumulate(sums: dict, info: dict) -> dict:
+    result = {}
+    for name, value in info.items():
+        rule, so_far = REDUCTIONS[name], sums[name]
+        value = jnp.asarray(value).astype(so_far.dtype)
+        if rule == "last":
+            result[name] = value
+        elif rule == "max":
+            result[name] = jnp.maximum(so_far, value)
+        else:
+            result[name] = so_far + value
+    return result
+
+
+def start_chains(program: Program, positions: jax.Array, seed: int, data: tuple) -> Any:
+    """Return the carry of all chains before the first warm-up step.
+
+    Parameters
+    ----------
+    program : Program
+    positions : array (chain, size)
+        Flat start positions.
+    seed : int
+    data : tuple of arrays
+        As made by `replicate`.
+    """
+    placement = program.placement
+    index = jnp.arange(placement.chains, dtype=jnp.int32)
+    chains = spread((index, positions.astype(jnp.result_type(float))), placement)
+    state, adaptation = program.start(chains, stage_key(seed, "sampler-init"), data)
+    return chains[0], state, adaptation
+
+
+def finish_warmup(program: Program, carry: Any) -> Any:
+    """Return the carry for sampling from the carry of a (possibly unfinished) warm-up."""
+    index, state, adaptation = carry
+    return index, state, program.finish(adaptation)
+
+
+def run_blocks(
+    program: Program,
+    stage: str,
+    carry: Any,
+    seed: int,
+    data: tuple,
+    *,
+    first: int = 0,
+    last: int | None = None,
+    max_count: int | None = None,
+) -> Iterator[Block]:
+    """Advance all chains from record ``first`` to ``last``, yielding a block at a time.
+
+    Parameters
+    ----------
+    program : Program
+    stage : str
+        "warmup" or "sampling".
+    carry : pytree
+        From `start_chains` or `finish_warmup`, or from a block of an earlier call. Its buffers
+        are given away: use the carry of the last block afterwards.
+    seed : int
+    data : tuple of arrays
+    first, last : int
+        Record range; all records of the stage if not given.
+    max_count : int
+        Most records in one block; by time and memory if not given.
+
+    Yields
+    ------
+    Block
+    """
+    warming = stage == "warmup"
+    advance = program.warm if warming else program.draw
+    schedule = program.warmup if warming else program.sampling
+    capacity = WARMUP_RECORDS if warming else program.capacity
+    limit = min(capacity, max_count or capacity)
+    key = stage_key(seed, stage)
+    last = schedule.records if last is None else last
+    count, compiled = 1, False
+    while first < last:
+        n = min(count, limit, last - first)
+        begun = time.monotonic()
+        carry, (kept, stats) = advance(carry, key, np.int32(first), np.int32(n), data)
+        # Slicing on the host, after one copy: slicing on the device would compile per length.
+        kept, stats = gather((kept, stats), program.placement)
+        seconds = time.monotonic() - begun
+        block = Block(
+            first,
+            n,
+            None if kept is None else kept[:, :n],
+            {name: values[:, :n] for name, values in stats.items()},
+            carry,
+            seconds,
+        )
+        first += n
+        if compiled:  # the first call's time holds the compilation
+            wanted = n * TARGET_SECONDS / max(seconds, 1e-6)
+            count = int(np.clip(wanted, max(1, n // 4), 4 * n))
+        compiled = True
+        yield block
+
+
+class Samples(NamedTuple):
+    """Draws and statistics of all chains.
+
+    Parameters
+    ----------
+    draws : pytree
+        NumPy leaves (chain, draw, *leaf).
+    stats : dict
+        name -> (chain, draw): "log_density" and the kernel's statistics.
+    warmup_stats : dict
+        name -> (chain, record), evenly spaced over the warm-up.
+    params : NamedTuple
+        The kernel's adapted parameters, (chain, ...) each.
+    kernel : str
+        The kernel's name.
+    """
+
+    draws: Any
+    stats: dict[str, np.ndarray]
+    warmup_stats: dict[str, np.ndarray]
+    params: Any
+    kernel: str
+
+
+def sample_density(
+    log_density: Callable[..., jax.Array],
+    positions: Any,
+    *,
+    kernel: str | Kernel = "mclmc",
+    warmup: int = 1000,
+    draws: int = 1000,
+    thin: int = 1,
+    seed: int = 0,
+    data: tuple = (),
+    placement: Placement | None = None,
+    on_block: Callable[[str, Block, Schedule], None] | None = None,
+) -> Samples:
+    """Sample any log-density over a pytree with one chain per start position.
+
+    Parameters
+    ----------
+    log_density : callable
+        ``log_density(position, *data) -> scalar``, unnormalised.
+    positions : pytree
+        Start positions, chains stacked on the leading axis: leaves (chain, *leaf).
+    kernel : str or Kernel
+        "mclmc", "nuts", "hmc", or a kernel made with its options (``samplers.nuts.nuts(...)``).
+    warmup, draws, thin : int
+        Warm-up steps; kept draws per chain; steps per kept draw.
+    seed : int
+        Equal seeds give equal draws.
+    data : tuple of arrays
+        Further arguments of ``log_density``.
+    placement : Placement
+        Where the chains run; chosen from the devices at hand if not given.
+    on_block : callable
+        ``on_block(stage, block, schedule)`` after each block, for progress.
+
+    Returns
+    -------
+    Samples
+
+    Raises
+    ------
+    InputError
+        A start position with a non-finite density, or counts out of range.
+
+    Examples
+    --------
+    >>> import jax.numpy as jnp
+    >>> def log_density(position):
+    ...     return -0.5 * jnp.sum(position["x"] ** 2)
+    >>> samples = sample_density(log_density, {"x": jnp.zeros((4, 3))}, kernel="nuts",
+    ...                          warmup=200, draws=100)
+    >>> samples.draws["x"].shape
+    (4, 100, 3)
+    """
+    for name, value, least in (("warmup", warmup, 0), ("draws", draws, 1), ("thin", thin, 1)):
+        if value < least:
+            raise InputError(f"{name}: found {value}, expected at least {least}")
+    leading = {np.shape(leaf)[:1] for leaf in jax.tree.leaves(positions)}
+    if len(leading) != 1 or leading == {()}:
+        raise InputError(
+            f"positions: leaves have leading axes {sorted(leading)}, expected one common number "
+            "of chains"
+        )
+    chains = leading.pop()[0]
+    placement = placement or place(chains)
+    if placement.chains != chains:
+        raise InputError(f"placement is for {placement.chains} chains, positions hold {chains}")
+    of = trees.layout(trees.first(positions))
+    chosen = kernel_named(kernel)
+    program = build_program(
+        log_density, chosen, of, placement, warmup=warmup, draws=draws, thin=thin
+    )
+    data = replicate(data, placement)
+    carry = start_chains(program, trees.flatten_stacked(positions), seed, data)
+    densities = gather(carry[1].logdensity, placement)
+    if not np.all(np.isfinite(densities)):
+        bad = int(np.flatnonzero(~np.isfinite(densities))[0])
+        raise InputError(
+            f"chain {bad}: the log-density at the start position is {densities[bad]}, "
+            "expected a finite number"
+        )
+    blocks: dict[str, list[Block]] = {"warmup": [], "sampling": []}
+    for stage, schedule in (("warmup", program.warmup), ("sampling", program.sampling)):
+        if stage == "sampling":
+            carry = finish_warmup(program, carry)
+        for block in run_blocks(program, stage, carry, seed, data):
+            carry = block.carry
+            blocks[stage].append(block._replace(carry=None))
+            if on_block:
+                on_block(stage, block, schedule)
+    flat = np.concatenate([b.draws for b in blocks["sampling"] if b.draws is not None], axis=1)
+    return Samples(
+        trees.unflatten(flat, of),
+        join_stats(blocks["sampling"]),
+        join_stats(blocks["warmup"]),
+        gather(carry[2], placement),
+        chosen.name,
+    )
+
+
+def join_stats(blocks: list[Block]) -> dict[str, np.ndarray]:
+    """Concatenate the statistics of blocks along the draw axis."""
+    if not blocks:
+        return {}
+    return {n: np.concatenate([b.stats[n] for b in blocks], axis=1) for n in blocks[0].stats}
+
+
+def sample(posterior, positions: Any, x, y, **options) -> Samples:
+    """Sample a neural network's posterior with one chain per start position.
+
+    Parameters
+    ----------
+    posterior : Posterior
+    positions : pytree
+        Start positions (chain, *leaf), for example ``fit_ensemble(...).positions``.
+    x : array (rows, features)
+    y : array (rows, targets) or (rows,)
+    **options
+        As in `sample_density`: kernel, warmup, draws, thin, seed, placement, on_block.
+
+    Returns
+    -------
+    Samples
+    """
+    dtype = jnp.result_type(float)
+    x = jnp.asarray(x, dtype)
+    y = jnp.asarray(y, dtype if posterior.likelihood.task == "regression" else jnp.int32)
+    return sample_density(posterior.log_density, positions, data=(x, y), **options)

@@ -1,0 +1,317 @@
+"""The run folder: append-only draws, one atomic commit record, checkpoints.
+
+A block counts once the manifest that names it is on disk. The order is: draws, statistics,
+checkpoint (each flushed to disk), then the manifest, written beside the old one, flushed, and
+renamed over it. A process killed at any moment leaves the last committed state, and whatever was
+half-written beyond it is overwritten when the run goes on.
+"""
+
+import hashlib
+import io
+import json
+import os
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+
+from bnnmcmc.errors import InputError
+
+SCHEMA = 1
+CHUNK_BYTES = 8 * 2**20
+
+
+@contextmanager
+def disk_errors(folder: Path):
+    """Turn an operating-system error (disk full, no permission) into a readable one."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            f"{folder}: cannot write: {error.strerror or error}. Everything committed before is "
+            f"kept; make room and run: bnnmcmc resume {folder}"
+        ) from error
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """Write a file so that it is there whole or not at all, also after a power cut."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with disk_errors(path.parent):
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON atomically."""
+    write_atomic(path, (json.dumps(value, indent=1, allow_nan=True) + "\n").encode())
+
+
+def write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> str:
+    """Write an npz atomically; return the SHA-256 of the file."""
+    buffer = io.BytesIO()
+    np.savez(buffer, allow_pickle=False, **arrays)
+    content = buffer.getvalue()
+    write_atomic(path, content)
+    return hashlib.sha256(content).hexdigest()
+
+
+def read_arrays(path: Path, sha256: str | None = None) -> dict[str, np.ndarray]:
+    """Read an npz; raise InputError if it is missing, damaged or not the one expected."""
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: missing; the run folder is incomplete") from error
+    if sha256 is not None and hashlib.sha256(content).hexdigest() != sha256:
+        raise InputError(
+            f"{path}: the file does not match its checksum in manifest.json; it was changed or "
+            "damaged. Restore it from a copy, or start the run again in a new folder"
+        )
+    with np.load(io.BytesIO(content), allow_pickle=False) as loaded:
+        return {name: loaded[name] for name in loaded.files}
+
+
+def save_tree(path: Path, tree: Any) -> str:
+    """Write the leaves of a pytree in order; return the SHA-256 of the file."""
+    import jax
+
+    leaves = jax.tree.leaves(tree)
+    return write_arrays(path, {f"{i:05d}": np.asarray(leaf) for i, leaf in enumerate(leaves)})
+
+
+def load_tree(path: Path, template: Any, sha256: str | None = None) -> Any:
+    """Read a pytree written by `save_tree`, checked leaf by leaf against a template.
+
+    Parameters
+    ----------
+    path : Path
+    template : pytree
+        Arrays or shapes; the first axis (chains, filled up on devices) may differ.
+    sha256 : str
+        Expected checksum.
+
+    Raises
+    ------
+    InputError
+        The file is missing, changed, or holds other arrays than the template.
+    """
+    import jax
+
+    arrays = read_arrays(path, sha256)
+    leaves, treedef = jax.tree.flatten(template)
+    stored = [arrays[name] for name in sorted(arrays)]
+    found = [(a.shape[1:], str(a.dtype)) for a in stored]
+    wanted = [(tuple(leaf.shape)[1:], str(leaf.dtype)) for leaf in leaves]
+    if found != wanted:
+        raise InputError(
+            f"{path}: holds other arrays than this run needs (other model, sampler or version): "
+            f"found {len(found)} arrays, expected {len(wanted)} with given shapes and types"
+        )
+    return jax.tree.unflatten(treedef, stored)
+
+
+class Store:
+    """A run folder that is being written.
+
+    Parameters
+    ----------
+    folder : Path
+    manifest : dict
+        The manifest as last committed.
+    """
+
+    def __init__(self, folder: Path, manifest: dict[str, Any]):
+        self.folder = folder
+        self.manifest = manifest
+
+    def commit(self, **changes: Any) -> None:
+        """Write the manifest with these entries changed: the moment from which they count."""
+        self.manifest = {**self.manifest, **changes}
+        write_json(self.folder / "manifest.json", self.manifest)
+
+    def checkpoint(self, stage: str, position: int, tree: Any) -> dict[str, Any]:
+        """Write the state of a stage; return its entry for the manifest."""
+        name = f"{stage}-{position:09d}.npz"
+        sha256 = save_tree(self.folder / "state" / name, tree)
+        return {"stage": stage, "position": position, "file": name, "sha256": sha256}
+
+    def drop_old_checkpoints(self) -> None:
+        """Remove every checkpoint but the committed one."""
+        keep = (self.manifest.get("checkpoint") or {}).get("file")
+        folder = self.folder / "state"
+        for path in folder.glob("*.npz") if folder.is_dir() else ():
+            if path.name != keep:
+                path.unlink(missing_ok=True)
+
+    def restore(self, template: Any) -> Any:
+        """Read the committed checkpoint."""
+        entry = self.manifest["checkpoint"]
+        return load_tree(self.folder / "state" / entry["file"], template, entry["sha256"])
+
+
+def new_store(folder: Path, manifest: dict[str, Any]) -> Store:
+    """Start a run folder with its first manifest."""
+    store = Store(folder, {"schema": SCHEMA, **manifest})
+    store.commit()
+    return store
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Read the manifest of a run folder.
+
+    Raises
+    ------
+    InputError
+        Not a run folder, a damaged manifest, or one of a newer version.
+    """
+    path = Path(folder) / "manifest.json"
+    if not Path(folder).is_dir():
+        raise InputError(f"{folder}: no such run folder")
+    if not path.is_file():
+        raise InputError(f"{folder}: not a run folder (it has no manifest.json)")
+    try:
+        manifest = json.loads(path.read_text())
+        schema = manifest["schema"]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: damaged ({error}); restore it from a copy") from error
+    if schema != SCHEMA:
+        raise InputError(
+            f"{path}: schema version {schema}, this version of bnnmcmc reads {SCHEMA}; "
+            f"the run was written by bnnmcmc {manifest.get('bnnmcmc')}"
+        )
+    return manifest
+
+
+def create_arrays(
+    path: Path, shapes: dict[str, tuple[int, ...]], dtypes: dict[str, Any], chains: int, draws: int
+) -> None:
+    """Make empty Zarr arrays ``path/NAME`` of shape (chain, draw, *shape)."""
+    with disk_errors(path.parent):
+        group = zarr.open_group(path, mode="w")
+        per_draw = sum(
+            chains * int(np.prod(shapes[name])) * np.dtype(dtypes[name]).itemsize for name in shapes
+        )
+        chunk = int(np.clip(CHUNK_BYTES // max(per_draw, 1), 1, draws))
+        for name, shape in shapes.items():
+            dtype = np.dtype(dtypes[name])
+            group.create_array(
+                name,
+                shape=(chains, draws, *shape),
+                chunks=(chains, chunk, *shape),
+                dtype=dtype,
+                fill_value=np.nan if dtype.kind == "f" else -1,
+                compressors=None,  # weights are noise to a compressor
+                dimension_names=("chain", "draw", *(f"{name}_dim{i}" for i in range(len(shape)))),
+            )
+
+
+def resize_arrays(path: Path, draws: int) -> None:
+    """Make room for ``draws`` draws per chain."""
+    with disk_errors(path.parent):
+        for _, array in zarr.open_group(path, mode="r+").arrays():
+            array.resize((array.shape[0], draws, *array.shape[2:]))
+
+
+def append(path: Path, start: int, arrays: dict[str, np.ndarray]) -> int:
+    """Write draws ``start ..`` of all chains and flush them to disk.
+
+    Parameters
+    ----------
+    path : Path
+        The Zarr group.
+    start : int
+    arrays : dict
+        name -> (chain, count, *shape)
+
+    Returns
+    -------
+    int
+        The block's checksum, for the manifest.
+    """
+    with disk_errors(path.parent):
+        group = zarr.open_group(path, mode="r+")
+        for name, values in arrays.items():
+            stored: Any = group[name]
+            stop = start + values.shape[1]
+            stored[:, start:stop] = values
+            chunk = stored.chunks[1]
+            for index in range(start // chunk, -(-stop // chunk)):
+                parts = ("c", "0", str(index), *("0" for _ in values.shape[2:]))
+                _sync_file(path / name / Path(*parts))
+    return checksum(arrays)
+
+
+def checksum(arrays: dict[str, np.ndarray]) -> int:
+    """Return the CRC-32 over arrays in the order of their names."""
+    crc = 0
+    for name in sorted(arrays):
+        crc = zlib.crc32(np.ascontiguousarray(arrays[name]).tobytes(), crc)
+    return crc
+
+
+def read_blocks(
+    path: Path, names: Sequence[str], blocks: Sequence[dict[str, int]]
+) -> Iterator[dict[str, np.ndarray]]:
+    """Read what was committed block by block, each checked against its checksum.
+
+    Parameters
+    ----------
+    path : Path
+        The Zarr group; its name is the key of the checksum in a block's record.
+    names : sequence of str
+        All arrays of the group.
+    blocks : sequence of dict
+        The manifest's "blocks".
+
+    Yields
+    ------
+    dict
+        name -> numpy array (chain, count, *shape)
+
+    Raises
+    ------
+    InputError
+        Something that was committed is missing or changed.
+    """
+    advice = "Restore it from a copy, or start the run again in a new folder"
+    try:
+        group = zarr.open_group(path, mode="r")
+        stored: dict[str, Any] = {name: group[name] for name in names}
+    except (FileNotFoundError, KeyError, ValueError) as error:
+        raise InputError(f"{path}: damaged: {error}. {advice}") from error
+    for block in blocks:
+        low, high = block["start"], block["start"] + block["count"]
+        try:
+            arrays = {name: np.asarray(stored[name][:, low:high]) for name in names}
+        except (ValueError, OSError) as error:
+            raise InputError(f"{path}: damaged: {error}. {advice}") from error
+        if checksum(arrays) != block[path.name]:
+            raise InputError(
+                f"{path}: draws {low} to {high - 1} do not match their checksum in manifest.json: "
+                f"the store was cut short or changed. {advice}"
+            )
+        yield arrays
+
+
+def _sync_file(path: Path) -> None:
+    # A chunk that holds only the fill value is not written; nothing to flush then.
+    if path.is_file():
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+
+
+def _sync_folder(path: Path) -> None:
+    if hasattr(os, "O_DIRECTORY"):
+        handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
