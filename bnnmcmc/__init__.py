@@ -1,1 +1,86 @@
-"""Sampling-based inference for Bayesian neural networks."""
+"""Sampling-based inference for Bayesian neural networks.
+
+Many chains, each started by an optimiser in a posterior mode of its own, advance together; the
+pooled draws give the posterior predictive. Names load on first use, so that importing the package
+costs nothing.
+
+Examples
+--------
+>>> import bnnmcmc
+>>> posterior = bnnmcmc.Posterior(
+...     bnnmcmc.mlp(2, [8, 8], 2), bnnmcmc.gaussian(), bnnmcmc.normal_prior()
+... )
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from bnnmcmc.ensemble import Ensemble as Ensemble
+    from bnnmcmc.ensemble import fit_ensemble as fit_ensemble
+    from bnnmcmc.ensemble import make_optimiser as make_optimiser
+    from bnnmcmc.errors import InputError as InputError
+    from bnnmcmc.likelihoods import Likelihood as Likelihood
+    from bnnmcmc.likelihoods import bernoulli as bernoulli
+    from bnnmcmc.likelihoods import categorical as categorical
+    from bnnmcmc.likelihoods import gaussian as gaussian
+    from bnnmcmc.models.mlp import mlp as mlp
+    from bnnmcmc.models.network import Network as Network
+    from bnnmcmc.placement import place as place
+    from bnnmcmc.placement import use_all_cores as use_all_cores
+    from bnnmcmc.posterior import Posterior as Posterior
+    from bnnmcmc.prediction import Prediction as Prediction
+    from bnnmcmc.priors import LeafPrior as LeafPrior
+    from bnnmcmc.priors import Prior as Prior
+    from bnnmcmc.priors import independent as independent_prior  # noqa: F401
+    from bnnmcmc.priors import normal as normal_prior  # noqa: F401
+    from bnnmcmc.run import Run as Run
+    from bnnmcmc.run import sample as sample
+    from bnnmcmc.samplers.hmc import hmc as hmc
+    from bnnmcmc.samplers.kernel import Kernel as Kernel
+    from bnnmcmc.samplers.mclmc import mclmc as mclmc
+    from bnnmcmc.samplers.nuts import nuts as nuts
+    from bnnmcmc.sampling import Samples as Samples
+    from bnnmcmc.sampling import sample_density as sample_density
+
+_HOMES = {
+    "Ensemble": "ensemble.Ensemble",
+    "InputError": "errors.InputError",
+    "Kernel": "samplers.kernel.Kernel",
+    "LeafPrior": "priors.LeafPrior",
+    "Likelihood": "likelihoods.Likelihood",
+    "Network": "models.network.Network",
+    "Posterior": "posterior.Posterior",
+    "Prediction": "prediction.Prediction",
+    "Prior": "priors.Prior",
+    "Run": "run.Run",
+    "Samples": "sampling.Samples",
+    "bernoulli": "likelihoods.bernoulli",
+    "categorical": "likelihoods.categorical",
+    "fit_ensemble": "ensemble.fit_ensemble",
+    "gaussian": "likelihoods.gaussian",
+    "hmc": "samplers.hmc.hmc",
+    "independent_prior": "priors.independent",
+    "make_optimiser": "ensemble.make_optimiser",
+    "mclmc": "samplers.mclmc.mclmc",
+    "mlp": "models.mlp.mlp",
+    "normal_prior": "priors.normal",
+    "nuts": "samplers.nuts.nuts",
+    "place": "placement.place",
+    "sample": "run.sample",
+    "sample_density": "sampling.sample_density",
+    "use_all_cores": "placement.use_all_cores",
+}
+
+__all__ = list(_HOMES)  # noqa: PLE0605
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'bnnmcmc' has no attribute {name!r}")
+    module, _, attribute = _HOMES[name].rpartition(".")
+    return getattr(importlib.import_module(f"bnnmcmc.{module}"), attribute)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

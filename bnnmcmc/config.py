@@ -8,81 +8,103 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from bnnmcmc.errors import InputError
 
 
 class Section(BaseModel):
-    """A table of the experiment file; unknown keys are refused."""
+    """A table of the experiment file; unknown keys and values of another type are refused.
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    Fields that depend on each other are checked by field validators, which see the fields before
+    them: a validator of the whole section would not run, and its mistake not be reported,
+    as long as any other field is wrong.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
-def _changed(section: Section, *names: str) -> list[str]:
+def _changed(section: type[Section], values: dict[str, Any], *names: str) -> list[str]:
     """Return those fields whose value differs from the default, so would be ignored silently."""
-    fields = type(section).model_fields
-    return [name for name in names if getattr(section, name) != fields[name].default]
+    fields = section.model_fields
+    return [n for n in names if n in values and values[n] != fields[n].default]
 
 
 class SplitConfig(Section):
     """[data.split]: which rows train, validate and test."""
 
-    test: float = Field(0.2, ge=0, lt=1, description="share of all rows held out for scores")
+    test: float = Field(
+        default=0.2, ge=0, lt=1, description="share of all rows held out for scores"
+    )
     validation: float = Field(
-        0.1, ge=0, lt=1, description="share of all rows for early stopping of the ensemble"
+        default=0.1, ge=0, lt=1, description="share of all rows for early stopping of the ensemble"
     )
     column: str | None = Field(
-        None, description="a column with the words train, validation, test, instead of shares"
+        default=None,
+        description="a column with the words train, validation, test, instead of shares",
     )
-    train_rows: list[int] | None = Field(None, description="row numbers, counted from 0")
+    train_rows: list[int] | None = Field(default=None, description="row numbers, counted from 0")
     validation_rows: list[int] | None = None
     test_rows: list[int] | None = None
-    seed: int = Field(0, ge=0, lt=2**32, description="seed of the random split")
+    seed: int = Field(default=0, ge=0, lt=2**32, description="seed of the random split")
+
+    @field_validator("column", "train_rows", "validation_rows", "test_rows")
+    @classmethod
+    def _instead_of_shares(cls, value, info):
+        shares = ("test", "validation") if info.field_name == "validation_rows" else ("test",)
+        ignored = _changed(cls, info.data, *shares)
+        if value is not None and ignored:
+            raise ValueError(f"replaces the share, so remove {' and '.join(ignored)}")
+        return value
 
 
 class DataConfig(Section):
     """[data]: the table."""
 
     path: str | None = Field(
-        None, description="CSV, Parquet, npz or space-separated file; also found in $BNNMCMC_DATA"
+        default=None,
+        description="CSV, Parquet, npz or space-separated file; also found in $BNNMCMC_DATA",
     )
     source: str | None = Field(
-        None, description="sklearn:NAME or openml:NAME; used if no path is given or found"
+        default=None,
+        description="sklearn:NAME or openml:NAME; used if no path is given or found",
+        validate_default=True,
     )
     target: str | list[str] | None = Field(
-        None, description="column(s) to predict; the last one if not given"
+        default=None, description="column(s) to predict; the last one if not given"
     )
-    features: list[str] | None = Field(None, description="use only these columns")
-    drop: list[str] = Field([], description="columns to leave out")
-    categorical: list[str] = Field([], description="columns to treat as categories")
+    features: list[str] | None = Field(default=None, description="use only these columns")
+    drop: list[str] = Field(default=[], description="columns to leave out")
+    categorical: list[str] = Field(default=[], description="columns to treat as categories")
     split: SplitConfig = SplitConfig()
 
-    @model_validator(mode="after")
-    def _has_a_table(self):
-        if self.path is None and self.source is None:
-            raise ValueError("needs `path` or `source`")
-        return self
+    @field_validator("source")
+    @classmethod
+    def _has_a_table(cls, value, info):
+        if value is None and info.data.get("path", "of a wrong type") is None:
+            raise ValueError("missing, and so is data.path; give one of them")
+        return value
 
 
 class ModelConfig(Section):
     """[model]: the network."""
 
     hidden: list[Annotated[int, Field(ge=1)]] = Field(
-        [16, 16, 16], description="widths of the hidden layers; [] is a linear model"
+        default=[16, 16, 16], description="widths of the hidden layers; [] is a linear model"
     )
-    activation: str = Field("silu", description="tanh, relu, silu, gelu, ...")
-    skip: bool = Field(False, description="residual connections between equal widths")
+    activation: str = Field(default="silu", description="tanh, relu, silu, gelu, ...")
+    skip: bool = Field(default=False, description="residual connections between equal widths")
     network: str | None = Field(
-        None, description="module:function(features, outputs) -> Network, instead of an MLP"
+        default=None, description="module:function(features, outputs) -> Network, instead of an MLP"
     )
 
-    @model_validator(mode="after")
-    def _one_network(self):
-        given = _changed(self, "hidden", "activation", "skip")
-        if self.network is not None and given:
-            raise ValueError(f"`network` replaces the MLP, so remove {', '.join(given)}")
-        return self
+    @field_validator("network")
+    @classmethod
+    def _one_network(cls, value, info):
+        given = _changed(cls, info.data, "hidden", "activation", "skip")
+        if value is not None and given:
+            raise ValueError(f"replaces the MLP, so remove {', '.join(given)}")
+        return value
 
 
 class LikelihoodConfig(Section):
@@ -90,20 +112,28 @@ class LikelihoodConfig(Section):
 
     kind: Literal["gaussian", "categorical", "bernoulli"] = "gaussian"
     scale: Literal["predicted", "sampled"] | float = Field(
-        "predicted",
+        default="predicted",
         description="Gaussian noise: predicted per row, one sampled sigma, or a known number",
     )
-    scale_prior: float = Field(1.0, gt=0, description="HalfNormal scale of a sampled sigma")
+    scale_prior: float = Field(default=1.0, gt=0, description="HalfNormal scale of a sampled sigma")
 
-    @model_validator(mode="after")
-    def _fitting(self):
-        if self.kind != "gaussian" and _changed(self, "scale", "scale_prior"):
-            raise ValueError(f"`scale` and `scale_prior` have no meaning for {self.kind!r}")
-        if self.scale != "sampled" and _changed(self, "scale_prior"):
-            raise ValueError('`scale_prior` needs `scale = "sampled"`')
-        if not isinstance(self.scale, str) and not self.scale > 0:
-            raise ValueError(f"`scale` is {self.scale}, expected more than 0")
-        return self
+    @field_validator("scale")
+    @classmethod
+    def _scale_fits(cls, value, info):
+        kind = info.data.get("kind", "gaussian")
+        if kind != "gaussian" and value != cls.model_fields["scale"].default:
+            raise ValueError(f"has no meaning for kind = {kind!r}; remove it")
+        if not isinstance(value, str) and not value > 0:
+            raise ValueError(f"found {value}, expected more than 0")
+        return value
+
+    @field_validator("scale_prior")
+    @classmethod
+    def _scale_is_sampled(cls, value, info):
+        unused = info.data.get("scale", "sampled") != "sampled"
+        if unused and value != cls.model_fields["scale_prior"].default:
+            raise ValueError('needs scale = "sampled"; remove it')
+        return value
 
 
 Family = Literal["normal", "laplace", "student_t"]
@@ -113,58 +143,76 @@ class LeafPriorConfig(Section):
     """The prior of one kind of parameter."""
 
     family: Family = "normal"
-    scale: float = Field(1.0, gt=0)
-    fan_in: bool = Field(False, description="divide the scale by sqrt(fan-in)")
-    df: float = Field(3.0, gt=0, description="degrees of freedom of student_t")
+    scale: float = Field(default=1.0, gt=0)
+    fan_in: bool = Field(default=False, description="divide the scale by sqrt(fan-in)")
+    df: float = Field(default=3.0, gt=0, description="degrees of freedom of student_t")
 
-    @model_validator(mode="after")
-    def _df_fits(self):
-        if self.family != "student_t" and _changed(self, "df"):
-            raise ValueError('`df` needs `family = "student_t"`')
-        return self
+    @field_validator("df")
+    @classmethod
+    def _df_fits(cls, value, info):
+        unused = info.data.get("family", "student_t") != "student_t"
+        if unused and value != cls.model_fields["df"].default:
+            raise ValueError('needs family = "student_t"; remove it')
+        return value
+
+
+class BiasPriorConfig(LeafPriorConfig):
+    """The prior of biases."""
+
+    @field_validator("fan_in")
+    @classmethod
+    def _no_fan_in(cls, value):
+        if value:
+            raise ValueError("a bias has no fan-in; remove it")
+        return value
 
 
 class LayerPriorConfig(Section):
     """[prior.layers.NAME]: the prior of one layer."""
 
     weight: LeafPriorConfig | None = None
-    bias: LeafPriorConfig | None = None
+    bias: BiasPriorConfig | None = None
 
 
 class PriorConfig(LeafPriorConfig):
     """[prior]: of weights; biases and single layers apart if wanted."""
 
-    bias: LeafPriorConfig | None = Field(None, description="as the weights' if not given")
-    layers: dict[str, LayerPriorConfig] = Field({}, description="by layer name, e.g. layer0")
+    bias: BiasPriorConfig | None = Field(default=None, description="as the weights' if not given")
+    layers: dict[str, LayerPriorConfig] = Field(
+        default={}, description="by layer name, e.g. layer0"
+    )
 
 
 class EnsembleConfig(Section):
     """[ensemble]: the optimiser runs that start the chains, one chain per member."""
 
-    members: int = Field(10, ge=1, description="number of members, and of chains")
-    optimizer: str = Field("adamw", description="any optimiser of optax")
-    learning_rate: float = Field(5e-3, gt=0)
+    members: int = Field(default=10, ge=1, description="number of members, and of chains")
+    optimizer: str = Field(default="adamw", description="any optimiser of optax")
+    learning_rate: float = Field(default=5e-3, gt=0)
     optimizer_options: dict[str, Any] = {}
-    schedule: str | None = Field(None, description="any schedule of optax")
+    schedule: str | None = Field(default=None, description="any schedule of optax")
     schedule_options: dict[str, Any] = {}
-    batch_size: int = Field(32, ge=0, description="rows per step; 0 for all rows")
-    max_epochs: int = Field(2000, ge=1)
+    batch_size: int = Field(default=32, ge=0, description="rows per step; 0 for all rows")
+    max_epochs: int = Field(default=2000, ge=1)
     patience: int = Field(
-        200, ge=1, description="epochs without a better validation loss before a member stops"
+        default=200,
+        ge=1,
+        description="epochs without a better validation loss before a member stops",
     )
 
-    @model_validator(mode="after")
-    def _schedule_fits(self):
-        if self.schedule is None and self.schedule_options:
-            raise ValueError("`schedule_options` needs `schedule`")
-        return self
+    @field_validator("schedule_options")
+    @classmethod
+    def _schedule_fits(cls, value, info):
+        if value and info.data.get("schedule", "of a wrong type") is None:
+            raise ValueError("needs ensemble.schedule; remove it")
+        return value
 
 
 class SamplerSection(Section):
     """What all samplers share."""
 
     rows: Literal["train+validation", "train"] = Field(
-        "train+validation", description="the rows the posterior conditions on"
+        default="train+validation", description="the rows the posterior conditions on"
     )
 
 
@@ -172,56 +220,63 @@ class MCLMCConfig(SamplerSection):
     """[sampler] kernel = "mclmc": microcanonical Langevin, unadjusted, the default."""
 
     kernel: Literal["mclmc"] = "mclmc"
-    warmup: int = Field(5000, ge=0, description="warm-up steps per chain")
-    draws: int = Field(1000, ge=1, description="kept draws per chain")
-    thin: int = Field(10, ge=1, description="steps per kept draw")
+    warmup: int = Field(default=5000, ge=0, description="warm-up steps per chain")
+    draws: int = Field(default=1000, ge=1, description="kept draws per chain")
+    thin: int = Field(default=10, ge=1, description="steps per kept draw")
     integrator: Literal["leapfrog", "minimal_norm"] = "leapfrog"
-    energy_variance_start: float = Field(5.0, gt=0)
-    energy_variance_end: float = Field(0.05, gt=0)
-    initial_step_size: float = Field(0.005, gt=0)
+    energy_variance_start: float = Field(default=5.0, gt=0)
+    energy_variance_end: float = Field(default=0.05, gt=0)
+    initial_step_size: float = Field(default=0.005, gt=0)
 
 
 class NUTSConfig(SamplerSection):
     """[sampler] kernel = "nuts": the No-U-Turn sampler."""
 
     kernel: Literal["nuts"]
-    warmup: int = Field(500, ge=0, description="warm-up steps per chain")
-    draws: int = Field(500, ge=1, description="kept draws per chain")
-    thin: int = Field(1, ge=1, description="steps per kept draw")
-    max_depth: int = Field(10, ge=1, le=20)
-    target_acceptance: float = Field(0.8, gt=0, lt=1)
-    initial_step_size: float = Field(0.01, gt=0)
+    warmup: int = Field(default=500, ge=0, description="warm-up steps per chain")
+    draws: int = Field(default=500, ge=1, description="kept draws per chain")
+    thin: int = Field(default=1, ge=1, description="steps per kept draw")
+    max_depth: int = Field(default=10, ge=1, le=20)
+    target_acceptance: float = Field(default=0.8, gt=0, lt=1)
+    initial_step_size: float = Field(default=0.01, gt=0)
 
 
 class HMCConfig(SamplerSection):
     """[sampler] kernel = "hmc": Hamiltonian Monte Carlo."""
 
     kernel: Literal["hmc"]
-    warmup: int = Field(1000, ge=0, description="warm-up steps per chain")
-    draws: int = Field(1000, ge=1, description="kept draws per chain")
-    thin: int = Field(1, ge=1, description="steps per kept draw")
-    num_leapfrog: int = Field(30, ge=1)
-    jitter: float = Field(0.5, ge=0, lt=1)
-    target_acceptance: float = Field(0.8, gt=0, lt=1)
-    initial_step_size: float = Field(0.01, gt=0)
+    warmup: int = Field(default=1000, ge=0, description="warm-up steps per chain")
+    draws: int = Field(default=1000, ge=1, description="kept draws per chain")
+    thin: int = Field(default=1, ge=1, description="steps per kept draw")
+    num_leapfrog: int = Field(default=30, ge=1)
+    jitter: float = Field(default=0.5, ge=0, lt=1)
+    target_acceptance: float = Field(default=0.8, gt=0, lt=1)
+    initial_step_size: float = Field(default=0.01, gt=0)
 
 
 class RunConfig(Section):
     """[run]: everything about the run that is not the model."""
 
-    seed: int = Field(0, ge=0, lt=2**32)
+    seed: int = Field(default=0, ge=0, lt=2**32)
     precision: Literal["float32", "float64"] = "float32"
-    devices: int = Field(0, ge=0, description="how many devices to use; 0 for all")
+    devices: int = Field(default=0, ge=0, description="how many devices to use; 0 for all")
     mode: Literal["auto", "map", "vmap"] = Field(
-        "auto", description="chains one after the other (CPU) or side by side (GPU)"
+        default="auto", description="chains one after the other (CPU) or side by side (GPU)"
     )
-    group: int = Field(1, ge=1, description="in mode map: chains that advance together")
+    group: int = Field(default=1, ge=1, description="in mode map: chains that advance together")
     block_draws: int = Field(
-        0, ge=0, description="most draws between two saves; 0 for about a second's worth"
+        default=0, ge=0, description="most draws between two saves; 0 for about a second's worth"
     )
     arviz: Literal["auto", "netcdf", "zarr", "none"] = Field(
-        "auto", description="write an ArviZ file; auto: netcdf if it stays below 200 MB"
+        default="auto", description="write an ArviZ file; auto: netcdf if it stays below 200 MB"
     )
+
+    @field_validator("group")
+    @classmethod
+    def _group_fits(cls, value, info):
+        if value > 1 and info.data.get("mode") == "vmap":
+            raise ValueError('has no meaning with mode = "vmap"; remove it')
+        return value
 
 
 class Config(Section):
@@ -291,8 +346,9 @@ def _sentence(error: Any, tables: dict) -> str:
     path = [str(p) for p in error["loc"]]
     if len(path) > 1 and path[0] == "sampler" and path[1] in kernels:
         path.pop(1)
-    # Pydantic adds the alternative of a union to the path; a user's file has no such key.
-    path = [p for p in path if p not in ("float", "str", "list[str]") and "literal" not in p]
+    if error["type"] != "extra_forbidden":
+        # Pydantic adds the alternative of a union to the path; a user's file has no such key.
+        path = [p for p in path if p not in ("float", "str", "list[str]") and "literal[" not in p]
     field, found = ".".join(path), error.get("input")
     if error["type"] == "extra_forbidden":
         known = _known_keys(path[:-1], tables)
@@ -307,8 +363,9 @@ def _sentence(error: Any, tables: dict) -> str:
         return (
             f"sampler.kernel: found {found.get('kernel')!r}, expected one of {', '.join(kernels)}"
         )
+    if error["type"] in ("model_type", "model_attributes_type", "dict_type"):
+        return f"{field}: found {found!r}, but it should be a table, [{field}]"
     message = error["msg"][0].lower() + error["msg"][1:]
-    message = message.split(", unable to parse")[0]
     return f"{field}: found {found!r}, but {message.replace('input should', 'it should')}"
 
 
@@ -345,18 +402,18 @@ def set_keys(tables: dict[str, Any], settings: Sequence[str]) -> dict[str, Any]:
     Raises
     ------
     InputError
-        A setting without "=", or one that goes through a value as if it were a section.
+        A setting without key or "=", or one that goes through a value as if it were a section.
     """
     result = _copy(tables)
     for setting in settings:
         key, equals, text = setting.partition("=")
-        if not equals or not key.strip():
+        parts = [part.strip() for part in key.split(".")]
+        if not equals or not all(parts):
             raise InputError(f"--set {setting}: expected section.key=value")
         try:
             value = tomllib.loads(f"v = {text}")["v"]
         except tomllib.TOMLDecodeError:
             value = text.strip()
-        parts = key.strip().split(".")
         table = result
         for part in parts[:-1]:
             table = table.setdefault(part, {})
@@ -389,6 +446,8 @@ def read_tables(path: str | Path) -> dict[str, Any]:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: not a TOML file: {error}") from error
+    except OSError as error:
+        raise InputError(f"{path}: cannot read: {error.strerror or error}") from error
 
 
 def read_config(path: str | Path, settings: Sequence[str] = ()) -> Config:

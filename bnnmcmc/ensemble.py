@@ -62,7 +62,8 @@ class Ensemble(NamedTuple):
     best_epoch, epochs : numpy arrays (member,)
         Epochs after which the best weights were found, and epochs trained.
     history : numpy array (member, epoch, 2)
-        Training and validation loss after each epoch; NaN after a member stopped.
+        Mean loss of the epoch's minibatches (each before its step), and validation loss after
+        the epoch; NaN after a member stopped.
     """
 
     positions: Any
@@ -110,7 +111,7 @@ def make_optimiser(
     Parameters
     ----------
     name : str
-        Name in ``optax``, e.g. "adamw", "sgd", "lion".
+        Name in ``optax``, e.g. "adamw", "sgd", "lbfgs".
     learning_rate : float
         Constant rate, or the schedule's initial value.
     options : dict
@@ -127,19 +128,26 @@ def make_optimiser(
     Raises
     ------
     InputError
-        Unknown name, or options the function does not take.
+        Unknown name, options the function does not take, or a schedule's options without it.
     """
     rate: Any = learning_rate
+    if schedule is None and schedule_options:
+        raise InputError(
+            f"ensemble.schedule_options: found {', '.join(schedule_options)}, but no schedule; "
+            "set ensemble.schedule or leave the options out"
+        )
     if schedule is not None:
         make = optax_named("ensemble.schedule", schedule)
         try:
             rate = make(learning_rate, **(schedule_options or {}))
-        except TypeError as error:
+        except (TypeError, ValueError) as error:
             raise InputError(f"ensemble.schedule_options: {error}") from error
+        if not callable(rate):
+            raise InputError(f"ensemble.schedule: optax.{schedule} does not build a schedule")
     make = optax_named("ensemble.optimizer", name)
     try:
         optimiser = make(learning_rate=rate, **(options or {}))
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise InputError(f"ensemble.optimizer_options: {error}") from error
     if not isinstance(optimiser, optax.GradientTransformation):
         raise InputError(f"ensemble.optimizer: optax.{name} does not build an optimiser")
@@ -191,8 +199,12 @@ def build_training(
     Raises
     ------
     InputError
-        Fewer training rows than a batch.
+        Fewer training rows than a batch, or a count below one.
     """
+    counts = {"batch_size": batch_size, "max_epochs": max_epochs, "patience": patience}
+    for name, value in counts.items():
+        if value is not None and value < 1:
+            raise InputError(f"ensemble.{name}: found {value}, expected at least 1")
     if batch_size is not None and rows < batch_size:
         raise InputError(
             f"ensemble.batch_size: found {batch_size}, but the training part has only {rows} "
@@ -201,6 +213,8 @@ def build_training(
     size = batch_size or rows
     batches = rows // size
     traces = {"start": 0, "advance": 0}
+    # Some optimisers (line searches, Polyak steps) look at the loss as well.
+    update = optax.with_extra_args_support(optimiser).update
 
     def loss(position, x, y):
         return -posterior.pointwise_log_likelihood(position, x, y).mean()
@@ -230,14 +244,21 @@ def build_training(
                 chosen = jax.lax.dynamic_slice(order, (i * size,), (size,))
                 xb, yb = x[chosen], y[chosen]
             value, gradient = jax.value_and_grad(loss)(position, xb, yb)
-            updates, state = optimiser.update(gradient, state, position)
+            updates, state = update(
+                gradient,
+                state,
+                position,
+                value=value,
+                grad=gradient,
+                value_fn=lambda p: loss(p, xb, yb),
+            )
             return optax.apply_updates(position, updates), state, total + value
 
         position, state, total = jax.lax.fori_loop(
             0, batches, one_batch, (member.position, member.optimiser, jnp.zeros(()))
         )
         train_loss = total / batches
-        val_loss = loss(position, x_val, y_val) if validation_rows else train_loss
+        val_loss = loss(position, x_val, y_val) if validation_rows else loss(position, x, y)
         better = val_loss < member.best_loss  # False for NaN: the best weights stay
         epoch = member.epoch + 1
         best_epoch = jnp.where(better, epoch, member.best_epoch)
@@ -316,11 +337,14 @@ def run_epochs(
     Yields
     ------
     EpochBlock
+        Nothing is yielded if all members have stopped already.
     """
     key = stage_key(seed, "ensemble-shuffle")
     limit = min(max_count or MAX_BLOCK_EPOCHS, MAX_BLOCK_EPOCHS)
     count, compiled = 1, False
     while first < training.max_epochs:
+        if gather(members[1].stopped, training.placement).all():
+            return
         n = min(count, limit, training.max_epochs - first)
         begun = time.monotonic()
         members, history = training.advance(members, key, np.int32(first + n), data)
@@ -328,16 +352,19 @@ def run_epochs(
         seconds = time.monotonic() - begun
         yield EpochBlock(first, n, history[:, :n], members, seconds)
         first += n
-        if gather(members[1].stopped, training.placement).all():
-            return
         if compiled:
             count = int(np.clip(n * TARGET_SECONDS / max(seconds, 1e-6), max(1, n // 4), 4 * n))
         compiled = True
 
 
 def finish_ensemble(training: Training, members: Any, history: np.ndarray) -> Ensemble:
-    """Bring the best weights of all members to the host."""
+    """Bring the best weights of all members to the host.
+
+    ``history`` (member, epoch, 2) ends with the last epoch that any member trained, whatever the
+    blocks it came in.
+    """
     member = gather(members[1], training.placement)
+    history = history[:, : member.epoch.max()]
     return Ensemble(member.best, member.best_loss, member.best_epoch, member.epoch, history)
 
 

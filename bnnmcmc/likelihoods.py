@@ -1,5 +1,6 @@
 """Likelihoods: what a network's outputs mean, on numpyro.distributions."""
 
+import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -79,17 +80,19 @@ def gaussian(
     Raises
     ------
     InputError
-        A fixed scale that is not positive, or an unknown word.
+        No targets, a scale that is not positive, or an unknown word.
     """
+    if targets < 1:
+        raise InputError(f"likelihood: found {targets} targets, expected at least 1")
     if isinstance(scale, str):
         if scale not in ("predicted", "sampled"):
             raise InputError(
                 f"likelihood.scale: found {scale!r}, expected 'predicted', 'sampled' or a number"
             )
-    elif not scale > 0:
+    elif not (scale > 0 and math.isfinite(scale)):
         raise InputError(f"likelihood.scale: found {scale}, expected a positive number")
-    if not scale_prior > 0:
-        raise InputError(f"likelihood.scale_prior: found {scale_prior}, expected more than 0")
+    if not (scale_prior > 0 and math.isfinite(scale_prior)):
+        raise InputError(f"likelihood.scale_prior: found {scale_prior}, expected a positive number")
 
     if scale == "predicted":
 
@@ -130,7 +133,14 @@ def categorical(classes: int) -> Likelihood:
     Returns
     -------
     Likelihood
+
+    Raises
+    ------
+    InputError
+        Fewer than two classes.
     """
+    if classes < 2:
+        raise InputError(f"likelihood: found {classes} classes, expected at least 2")
     return Likelihood(
         lambda params, outputs: dist.Categorical(logits=outputs),
         classes,

@@ -55,19 +55,31 @@ class Placement:
             how = f"in groups of {self.group}"
         plural = "s" if n > 1 else ""
         name = "" if platform == "CPU core" else f" ({', '.join(kinds)})"
-        return f"{self.chains} chains on {n} {platform}{plural}{name}, {per} each, {how}"
+        chains = "1 chain" if self.chains == 1 else f"{self.chains} chains"
+        each = f"{per} each" if self.chains % n == 0 else f"up to {per} each"
+        return f"{chains} on {n} {platform}{plural}{name}, {each}, {how}"
 
 
 def use_all_cores(cores: int | None = None) -> None:
-    """Make every CPU core a JAX device. Does something only before JAX is first used.
+    """Make every CPU core a JAX device. To be called before JAX is first used.
 
     Parameters
     ----------
     cores : int
         Number of CPU devices; the cores this process may use if not given.
+
+    Raises
+    ------
+    RuntimeError
+        JAX is in use already, with another number of CPU devices.
     """
     count = cores or len(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else [0])
     jax.config.update("jax_num_cpu_devices", count)
+
+
+def use_precision(precision: Literal["float32", "float64"]) -> None:
+    """Compute in this precision from now on."""
+    jax.config.update("jax_enable_x64", precision == "float64")
 
 
 def place(
@@ -93,13 +105,24 @@ def place(
     Returns
     -------
     Placement
+
+    Raises
+    ------
+    InputError
+        No chains, no devices, an unknown mode, or a group below one.
     """
     if chains < 1:
         raise InputError(f"chains: found {chains}, expected at least 1")
+    if mode not in (None, "map", "vmap"):
+        raise InputError(f"mode: found {mode!r}, expected 'map' or 'vmap'")
+    if group < 1:
+        raise InputError(f"group: found {group}, expected at least 1")
     found = tuple(devices if devices is not None else jax.devices())
+    if not found:
+        raise InputError("devices: found none, expected at least one")
     used = found[: min(chains, len(found))]
     chosen = mode or ("map" if used[0].platform == "cpu" else "vmap")
-    return Placement(chains, used, chosen, max(1, group))
+    return Placement(chains, used, chosen, group)
 
 
 def over_chains(
@@ -119,7 +142,7 @@ def over_chains(
     -------
     callable
         Compiled; takes and returns pytrees with leading axis ``placement.padded``, as made by
-        `spread`.
+        `spread`. A result can be the next call's argument without another compilation.
     """
     mesh = _mesh(placement)
 
@@ -133,13 +156,15 @@ def over_chains(
         )
 
     def sharded(chain_values, *shared):
-        return jax.shard_map(
+        result = jax.shard_map(
             on_device,
             mesh=mesh,
             in_specs=(P(AXIS), *(P() for _ in shared)),
             out_specs=P(AXIS),
             check_vma=False,
         )(chain_values, *shared)
+        # A weakly typed result (from a Python scalar) would be another type to the next call.
+        return jax.tree.map(lambda leaf: jnp.asarray(leaf, leaf.dtype), result)
 
     return jax.jit(sharded, donate_argnums=(0,) if donate else ())
 

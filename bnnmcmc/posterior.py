@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from bnnmcmc import trees
 from bnnmcmc.errors import InputError
 from bnnmcmc.likelihoods import Likelihood
 from bnnmcmc.models.network import Network
@@ -74,22 +75,40 @@ def check_outputs(posterior: Posterior, x, y) -> None:
     Raises
     ------
     InputError
-        The network's outputs do not have the shape the likelihood needs, or the log-density is
-        not one value per row.
+        ``x`` is no table, a parameter is not of floating point, the network cannot be applied or
+        its outputs do not have the shape the likelihood needs, ``y`` is not one target per row,
+        or the log-density is not one value per row.
     """
+    if jnp.ndim(x) != 2:
+        raise InputError(f"x: found shape {jnp.shape(x)}, expected (rows, features)")
     position = jax.eval_shape(posterior.init, jax.random.key(0))
+    for name, leaf in zip(trees.leaf_names(position), jax.tree.leaves(position), strict=True):
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            raise InputError(
+                f"the parameter {name} has type {leaf.dtype}, expected floating-point numbers"
+            )
     rows = x.shape[0]
     try:
         outputs = jax.eval_shape(posterior.network.apply, position["network"], x)
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise InputError(
             f"the network cannot be applied to {x.shape[1]} features: {error}"
         ) from error
     expected = (rows, posterior.likelihood.num_outputs)
-    if tuple(outputs.shape) != expected:
+    found = getattr(outputs, "shape", None)
+    if found != expected:
+        what = f"shape {found}" if found is not None else f"type {type(outputs).__name__}"
         raise InputError(
-            f"the network's outputs have shape {tuple(outputs.shape)} for {rows} rows, but the "
-            f"likelihood needs {expected}: give the network {expected[1]} outputs"
+            f"the network's outputs have {what} for {rows} rows, but the likelihood needs an array "
+            f"of shape {expected}: give the network {expected[1]} outputs"
+        )
+    # Broadcasting would turn y of shape (rows,) into a density of the right shape and wrong value.
+    targets = _target_shape(posterior, position, x)
+    if jnp.shape(y) != targets:
+        hint = "; use y[:, None]" if targets == (*jnp.shape(y), 1) else ""
+        raise InputError(
+            f"y: found shape {jnp.shape(y)}, but the likelihood needs {targets} for {rows} "
+            f"rows{hint}"
         )
     density = jax.eval_shape(posterior.pointwise_log_likelihood, position, x, y)
     if tuple(density.shape) != (rows,):
@@ -97,6 +116,18 @@ def check_outputs(posterior: Posterior, x, y) -> None:
             f"the likelihood gives log-densities of shape {tuple(density.shape)} for targets of "
             f"shape {tuple(y.shape)}, expected one per row, ({rows},)"
         )
+
+
+def _target_shape(posterior: Posterior, position: Any, x) -> tuple[int, ...]:
+    shapes = []
+
+    def trace(position, x):
+        distribution = posterior.distribution(position, x)
+        shapes.append(tuple(distribution.batch_shape) + tuple(distribution.event_shape))
+        return jnp.zeros(())
+
+    jax.eval_shape(trace, position, x)
+    return shapes[0]
 
 
 def check_finite(posterior: Posterior, positions: Any, x, y, label: str = "chain") -> None:
@@ -115,8 +146,12 @@ def check_finite(posterior: Posterior, positions: Any, x, y, label: str = "chain
     Raises
     ------
     InputError
-        Names the first chain at fault, and whether prior, likelihood or gradient is not finite.
+        Names the first chain at fault, and whether a parameter, prior, likelihood or gradient is
+        not finite.
     """
+    for name, leaf in zip(trees.leaf_names(positions), jax.tree.leaves(positions), strict=True):
+        finite = jnp.isfinite(jnp.asarray(leaf).reshape(len(leaf), -1)).all(axis=1)
+        _refuse(~finite, label, f"{name} holds a NaN or an infinity")
 
     @jax.jit
     def parts(positions, x, y):
@@ -133,11 +168,14 @@ def check_finite(posterior: Posterior, positions: Any, x, y, label: str = "chain
 
     names = ("log prior", "log-likelihood", "gradient of the log-density")
     for name, values in zip(names, parts(positions, x, y), strict=True):
-        bad = [int(i) for i in jnp.flatnonzero(~jnp.isfinite(values))]
-        if bad:
-            more = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
-            raise InputError(
-                f"{label} {bad[0]}{more}: the {name} at the start position is "
-                f"{float(values[bad[0]])}, expected a finite number. Check the scales of prior and "
-                "likelihood, lower ensemble.learning_rate, or try another run.seed"
-            )
+        _refuse(~jnp.isfinite(values), label, f"the {name} is not finite")
+
+
+def _refuse(bad: jax.Array, label: str, what: str) -> None:
+    chains = [int(i) for i in jnp.flatnonzero(bad)]
+    if chains:
+        more = f" (and {len(chains) - 1} more)" if len(chains) > 1 else ""
+        raise InputError(
+            f"{label} {chains[0]}{more}: at the start position {what}. Check the scales of prior "
+            "and likelihood, lower ensemble.learning_rate, or try another run.seed"
+        )

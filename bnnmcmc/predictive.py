@@ -13,9 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from bnnmcmc import trees
+from bnnmcmc.errors import InputError
 from bnnmcmc.keys import stage_key
 from bnnmcmc.likelihoods import class_probabilities
-from bnnmcmc.placement import gather, over_chains, place, replicate, spread
+from bnnmcmc.placement import Placement, gather, over_chains, place, replicate, spread
 
 # Most draws that go through one compiled call, and most predictive samples kept per row.
 BATCH = 512
@@ -63,7 +64,7 @@ class Pooled:
     epistemic : numpy array (rows, targets) or None
         Variance over draws of the draws' means; the rest of ``variance`` is noise.
     samples : numpy array (samples, rows, targets) or None
-        Draws from the mixture (regression), evenly spread over the posterior draws.
+        Draws from the mixture (regression), by posterior draw, then chain: as many from each.
     probabilities : numpy array (rows, classes) or None
         Pooled class probabilities (classification).
     """
@@ -77,19 +78,35 @@ class Pooled:
 
 
 def _batches(draws: Draws) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield (draw number, flat position) batches of at most BATCH draws, over all chains.
+    """Yield (draw number, flat position) batches of BATCH draws (the last may be shorter).
 
     A draw's number is ``draw * chains + chain``: it does not depend on how draws are stored.
+    Small blocks are gathered, for a batch costs the same however full it is.
     """
-    start = 0
+    parts: list[tuple[np.ndarray, np.ndarray]] = []
+    held = seen = 0
     for block in draws.blocks():
-        count = block.shape[1]
-        numbers = (start + np.arange(count))[None, :] * draws.chains
+        numbers = (seen + np.arange(block.shape[1])) * draws.chains
         numbers = (numbers + np.arange(draws.chains)[:, None]).reshape(-1)
-        flat = block.reshape(-1, block.shape[-1])
-        for low in range(0, len(flat), BATCH):
-            yield numbers[low : low + BATCH], flat[low : low + BATCH]
-        start += count
+        parts.append((numbers, block.reshape(-1, block.shape[-1])))
+        seen += block.shape[1]
+        held += len(numbers)
+        if held >= BATCH:
+            numbers, flat = _joined(parts)
+            whole = held - held % BATCH
+            for low in range(0, whole, BATCH):
+                yield numbers[low : low + BATCH], flat[low : low + BATCH]
+            parts, held = [(numbers[whole:], flat[whole:])], held - whole
+    if held:
+        yield _joined(parts)
+    if seen != draws.draws:
+        raise ValueError(f"blocks() gave {seen} draws per chain, expected {draws.draws}")
+
+
+def _joined(parts: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+    if len(parts) == 1:  # all draws in one block: do not copy them
+        return parts[0]
+    return np.concatenate([p[0] for p in parts]), np.concatenate([p[1] for p in parts])
 
 
 def pool(posterior, draws: Draws, x, y=None, *, seed: int = 0) -> Pooled:
@@ -108,108 +125,138 @@ def pool(posterior, draws: Draws, x, y=None, *, seed: int = 0) -> Pooled:
     Returns
     -------
     Pooled
-        A NaN in any draw makes the result NaN: nothing is left out.
+        A NaN in any draw makes the result NaN: nothing is left out. There are at least
+        MIN_SAMPLES predictive samples, and at most MAX_SAMPLES (or one per chain, if there are
+        more chains), as many from every chain. A sample depends on the seed, the draw and the
+        row's place in ``x``, not on blocks or chunks.
+
+    Raises
+    ------
+    InputError
+        No rows, or targets that do not fit the rows or the likelihood.
     """
+    _check_rows(posterior, x, y)
     total = draws.chains * draws.draws
-    every = max(1, total // MAX_SAMPLES)
-    per_draw = max(1, -(-MIN_SAMPLES // total))
-    kept = -(-total // every) * per_draw
-    targets = y.shape[1] if y is not None and y.ndim == 2 else 1
-    rows = max(1, min(len(x), CHUNK_BYTES // (8 * max(kept, BATCH) * targets)))
+    # Every so many draws of each chain: a stride over all draws could miss whole chains.
+    every = -(-draws.draws // max(1, MAX_SAMPLES // draws.chains))
+    per_draw = -(-MIN_SAMPLES // total)
+    kept = draws.chains * -(-draws.draws // every) * per_draw
+    width = posterior.likelihood.num_outputs
+    chunk = max(1, CHUNK_BYTES // (8 * max(kept, BATCH) * width))
     evaluator = _evaluator(posterior, draws.layout, per_draw, y is not None, _batch_size(draws))
+    key = stage_key(seed, "prediction")
     parts = []
-    for low in range(0, len(x), rows):
-        here = slice(low, low + rows)
-        parts.append(
-            _pool_rows(
-                posterior,
-                draws,
-                evaluator,
-                x[here],
-                None if y is None else y[here],
-                every,
-                seed,
-                low,
-            )
-        )
+    for low in range(0, len(x), chunk):
+        rows = np.arange(low, min(low + chunk, len(x)))
+        shared = _shared(posterior, evaluator.placement, rows, x, y)
+        parts.append(_pool_rows(draws, evaluator, every, key, shared))
     return _join(parts)
+
+
+def _check_rows(posterior, x, y) -> None:
+    if np.ndim(x) != 2 or len(x) == 0:
+        raise InputError(f"x: found shape {np.shape(x)}, expected (rows, features), at least 1 row")
+    if y is None:
+        return
+    regression = posterior.likelihood.task == "regression"
+    if np.ndim(y) != (2 if regression else 1) or len(y) != len(x):
+        expected = "(rows, targets)" if regression else "(rows,)"
+        raise InputError(
+            f"y: found shape {np.shape(y)}, expected {expected} with the {len(x)} rows of x"
+        )
 
 
 def _batch_size(draws: Draws) -> int:
     return min(BATCH, draws.chains * draws.draws)
 
 
+class _Evaluator(NamedTuple):
+    placement: Placement
+    evaluate: Callable[..., dict[str, np.ndarray]]
+
+
 @functools.lru_cache(maxsize=16)
-def _evaluator(posterior, of: trees.Layout, per_draw: int, scored: bool, batch: int):
+def _evaluator(posterior, of: trees.Layout, per_draw: int, scored: bool, batch: int) -> _Evaluator:
     """Compile the evaluation of a batch of draws on rows, spread over the devices."""
     unravel = trees.unraveler(trees.unflatten(jnp.zeros((of.size,)), of))
-    task = posterior.likelihood.task
+    likelihood = posterior.likelihood
     placement = place(batch)
 
-    def one(draw, key, x, y):
+    def one(draw, key, rows, x, y):
         number, flat = draw
-        distribution = posterior.distribution(unravel(flat), x)
+        position = unravel(flat)
+        outputs = posterior.network.apply(position["network"], x)
+        distribution = likelihood.distribution(position["likelihood"], outputs)
+        draw_key = jax.random.fold_in(key, number)
+
+        def sample_row(row, output):
+            # A key per row, so that a sample does not depend on which rows share a call.
+            alone = likelihood.distribution(position["likelihood"], output[None])
+            return alone.sample(jax.random.fold_in(draw_key, row), (per_draw,))[:, 0]
+
         result = {}
         if scored:
             result["log_density"] = distribution.log_prob(y)
-        if task == "classification":
+        if likelihood.task == "classification":
             result["probabilities"] = class_probabilities(distribution)
         else:
             result["mean"] = distribution.mean
             result["variance"] = distribution.variance
-            result["samples"] = distribution.sample(jax.random.fold_in(key, number), (per_draw,))
+            result["samples"] = jax.vmap(sample_row, out_axes=1)(rows, outputs)
         return result
 
     compiled = over_chains(one, placement)
 
-    def evaluate(numbers, flat, key, x, y):
+    def evaluate(numbers, flat, key, rows, x, y):
         # Fill up to the one compiled shape with the last draw again, and cut it off after.
         missing = batch - len(numbers)
         padded = (
             np.concatenate([numbers, np.repeat(numbers[-1:], missing)]).astype(np.int32),
             np.concatenate([flat, np.repeat(flat[-1:], missing, axis=0)]),
         )
-        found = gather(compiled(spread(padded, placement), key, x, y), placement)
+        found = gather(compiled(spread(padded, placement), key, rows, x, y), placement)
         return {name: value[: len(numbers)] for name, value in found.items()}
 
-    return placement, evaluate
+    return _Evaluator(placement, evaluate)
 
 
-def _shared(posterior, placement, x, y) -> tuple:
-    """Put rows on the devices; without targets, a zero takes their place."""
+def _shared(posterior, placement: Placement, rows: np.ndarray, x, y) -> tuple:
+    """Put some rows, and their numbers, on the devices (a zero where there are no targets)."""
     dtype = jnp.result_type(float)
     target = jnp.int32 if posterior.likelihood.task == "classification" else dtype
-    y = jnp.asarray(0 if y is None else y, target)
-    return replicate((jnp.asarray(x, dtype), y), placement)
+    here = slice(rows[0], rows[-1] + 1)
+    y = jnp.asarray(0 if y is None else y[here], target)
+    return replicate((jnp.asarray(rows, jnp.int32), jnp.asarray(x[here], dtype), y), placement)
 
 
-def _pool_rows(posterior, draws, evaluator, x, y, every, seed, first_row) -> Pooled:
-    placement, evaluate = evaluator
-    shared = _shared(posterior, placement, x, y)
-    classes = posterior.likelihood.task == "classification"
-    key = jax.random.fold_in(stage_key(seed, "prediction"), first_row)
+def _pool_rows(draws: Draws, evaluator: _Evaluator, every: int, key, shared: tuple) -> Pooled:
     total = draws.chains * draws.draws
     log_sum: Any = None
     sums: dict[str, Any] = {}
-    samples = []
+    samples: Any = None
     for numbers, flat in _batches(draws):
-        found = evaluate(numbers, flat, key, *shared)
-        if "log_density" in found:
-            # float64 on the host: sums over many draws lose nothing.
-            values = found["log_density"].astype(np.float64)
-            batch = np.logaddexp.reduce(values, axis=0)
-            log_sum = batch if log_sum is None else np.logaddexp(log_sum, batch)
-        if classes:
-            _add(sums, "probabilities", found["probabilities"].astype(np.float64).sum(axis=0))
-        else:
+        found = evaluator.evaluate(numbers, flat, key, *shared)
+        # float64 on the host: sums over many draws lose nothing. A NaN or an infinity in a draw
+        # shall show in the result, not in a warning.
+        with np.errstate(invalid="ignore", over="ignore"):
+            if "log_density" in found:
+                batch = np.logaddexp.reduce(found["log_density"].astype(np.float64), axis=0)
+                log_sum = batch if log_sum is None else np.logaddexp(log_sum, batch)
+            if "probabilities" in found:
+                _add(sums, "probabilities", found["probabilities"].astype(np.float64).sum(axis=0))
+                continue
             mean = found["mean"].astype(np.float64)
             _add(sums, "mean", mean.sum(axis=0))
             _add(sums, "variance", found["variance"].astype(np.float64).sum(axis=0))
             _add_squares(sums, mean)
-            chosen = found["samples"][numbers % every == 0]
-            samples.append(chosen.reshape(-1, *chosen.shape[2:]))
+        if samples is None:
+            slots = draws.chains * -(-draws.draws // every)
+            samples = np.empty((slots, *found["samples"].shape[1:]), found["samples"].dtype)
+        draw, chain = np.divmod(numbers, draws.chains)
+        chosen = draw % every == 0
+        samples[draw[chosen] // every * draws.chains + chain[chosen]] = found["samples"][chosen]
     log_density = None if log_sum is None else log_sum - np.log(total)
-    if classes:
+    if "probabilities" in sums:
         return Pooled(log_density, None, None, None, None, sums["probabilities"] / total)
     epistemic = sums["squares"] / total
     return Pooled(
@@ -217,7 +264,7 @@ def _pool_rows(posterior, draws, evaluator, x, y, every, seed, first_row) -> Poo
         sums["mean"] / total,
         sums["variance"] / total + epistemic,
         epistemic,
-        np.concatenate(samples),
+        samples.reshape(-1, *samples.shape[2:]),
         None,
     )
 
@@ -257,7 +304,9 @@ def _join(parts: list[Pooled]) -> Pooled:
     )
 
 
-def per_draw(posterior, draws: Draws, x, y=None, *, every: int = 1) -> dict[str, np.ndarray]:
+def per_draw(
+    posterior, draws: Draws, x, y=None, *, every: int = 1, seed: int = 0
+) -> dict[str, np.ndarray]:
     """Evaluate single draws on a few rows, for diagnostics and ArviZ.
 
     Parameters
@@ -268,15 +317,24 @@ def per_draw(posterior, draws: Draws, x, y=None, *, every: int = 1) -> dict[str,
     y : array, optional
     every : int
         Keep every so many draws of each chain.
+    seed : int
+        For the predictive samples.
 
     Returns
     -------
     dict
         "mean", "variance" and "samples" (chain, draw, rows, targets), or "probabilities"
         (chain, draw, rows, classes); "log_density" (chain, draw, rows) if ``y`` is given.
+
+    Raises
+    ------
+    InputError
+        As `pool`.
     """
+    _check_rows(posterior, x, y)
     evaluator = _evaluator(posterior, draws.layout, 1, y is not None, _batch_size(draws))
-    shared, key = _shared(posterior, evaluator[0], x, y), stage_key(0, "prediction")
+    shared = _shared(posterior, evaluator.placement, np.arange(len(x)), x, y)
+    key = stage_key(seed, "prediction")
     count = -(-draws.draws // every)
     result: dict[str, np.ndarray] = {}
     for numbers, flat in _batches(draws):
@@ -284,7 +342,7 @@ def per_draw(posterior, draws: Draws, x, y=None, *, every: int = 1) -> dict[str,
         if not chosen.any():
             continue
         numbers = numbers[chosen]
-        found = evaluator[1](numbers, flat[chosen], key, *shared)
+        found = evaluator.evaluate(numbers, flat[chosen], key, *shared)
         slots = (numbers % draws.chains, numbers // draws.chains // every)
         for name, value in found.items():
             if name == "samples":

@@ -1,5 +1,6 @@
 """Priors over network parameters, on numpyro.distributions."""
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -51,8 +52,7 @@ class LeafPrior(NamedTuple):
 
     def distribution(self, shape: tuple[int, ...]) -> dist.Distribution:
         """Return the distribution of one scalar of an array with this shape."""
-        fan_in = int(np.prod(shape[:-1])) if len(shape) > 1 else 1
-        scale = self.scale / np.sqrt(fan_in) if self.fan_in else self.scale
+        scale = self.scale / math.sqrt(np.prod(shape[:-1])) if self.fan_in else self.scale
         if self.family == "normal":
             return dist.Normal(0.0, scale)
         if self.family == "laplace":
@@ -62,6 +62,17 @@ class LeafPrior(NamedTuple):
         raise InputError(
             f"prior.family: found {self.family!r}, expected one of {', '.join(FAMILIES)}"
         )
+
+
+def _check(field: str, part: str, prior: LeafPrior) -> None:
+    if part not in ("weight", "bias"):
+        raise InputError(f"{field}: found {part!r}, expected weight or bias")
+    prior.distribution((1, 1))
+    for name, value in (("scale", prior.scale), ("df", prior.df)):
+        if not (value > 0 and math.isfinite(value)):
+            raise InputError(f"{field}.{name}: found {value}, expected a positive number")
+    if part == "bias" and prior.fan_in:
+        raise InputError(f"{field}.fan_in: a bias has no fan-in; remove it")
 
 
 def is_bias(name: str, shape: tuple[int, ...]) -> bool:
@@ -95,13 +106,18 @@ def independent(
     Raises
     ------
     InputError
-        Unknown family; or, when the density is first used, a layer the network does not have.
+        Unknown family, a scale or df that is not positive, fan-in scaling of a bias, a part other
+        than "weight" and "bias"; or, when the density is first used, a layer the network does not
+        have.
     """
     weight = weight or LeafPrior()
     bias = bias or weight._replace(fan_in=False)
     layers = layers or {}
-    for leaf_prior in (weight, bias, *(p for parts in layers.values() for p in parts.values())):
-        leaf_prior.distribution((1, 1))
+    _check("prior", "weight", weight)
+    _check("prior.bias", "bias", bias)
+    for layer, parts in layers.items():
+        for part, leaf_prior in parts.items():
+            _check(f"prior.layers.{layer}.{part}", part, leaf_prior)
 
     def distributions(params) -> list[dist.Distribution]:
         names = trees.leaf_names(params)

@@ -310,8 +310,9 @@ def run_blocks(
         block = Block(
             first,
             n,
-            None if kept is None else kept[:, :n],
-            {name: values[:, :n] for name, values in stats.items()},
+            # Copies: a view would keep the whole buffer alive for as long as the block.
+            None if kept is None else kept[:, :n].copy(),
+            {name: values[:, :n].copy() for name, values in stats.items()},
             carry,
             seconds,
         )

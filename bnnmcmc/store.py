@@ -10,6 +10,7 @@ import hashlib
 import io
 import json
 import os
+import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -23,30 +24,36 @@ from bnnmcmc.errors import InputError
 
 SCHEMA = 1
 CHUNK_BYTES = 8 * 2**20
+ADVICE = "Restore it from a copy, or start the run again in a new folder"
 
 
 @contextmanager
-def disk_errors(folder: Path):
+def disk_errors(path: Path):
     """Turn an operating-system error (disk full, no permission) into a readable one."""
     try:
         yield
     except OSError as error:
         raise InputError(
-            f"{folder}: cannot write: {error.strerror or error}. Everything committed before is "
-            f"kept; make room and run: bnnmcmc resume {folder}"
+            f"{path}: cannot write: {error.strerror or error}. Everything committed before is "
+            "kept; make room (or correct the permissions), then go on with `bnnmcmc resume` and "
+            "the run folder"
         ) from error
 
 
 def write_atomic(path: Path, content: bytes) -> None:
     """Write a file so that it is there whole or not at all, also after a power cut."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with disk_errors(path.parent):
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(temporary, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except OSError:
+            temporary.unlink(missing_ok=True)  # on a full disk, its bytes are needed
+            raise
         _sync_folder(path.parent)
 
 
@@ -69,14 +76,19 @@ def read_arrays(path: Path, sha256: str | None = None) -> dict[str, np.ndarray]:
     try:
         content = path.read_bytes()
     except FileNotFoundError as error:
-        raise InputError(f"{path}: missing; the run folder is incomplete") from error
+        raise InputError(f"{path}: missing; the run folder is incomplete. {ADVICE}") from error
+    except OSError as error:
+        raise InputError(f"{path}: cannot read: {error.strerror or error}") from error
     if sha256 is not None and hashlib.sha256(content).hexdigest() != sha256:
         raise InputError(
             f"{path}: the file does not match its checksum in manifest.json; it was changed or "
-            "damaged. Restore it from a copy, or start the run again in a new folder"
+            f"damaged. {ADVICE}"
         )
-    with np.load(io.BytesIO(content), allow_pickle=False) as loaded:
-        return {name: loaded[name] for name in loaded.files}
+    try:
+        with np.load(io.BytesIO(content), allow_pickle=False) as loaded:
+            return {name: loaded[name] for name in loaded.files}
+    except (zipfile.BadZipFile, ValueError, EOFError, OSError, AttributeError) as error:
+        raise InputError(f"{path}: damaged: {error}. {ADVICE}") from error
 
 
 def save_tree(path: Path, tree: Any) -> str:
@@ -105,16 +117,24 @@ def load_tree(path: Path, template: Any, sha256: str | None = None) -> Any:
     """
     import jax
 
+    from bnnmcmc.trees import leaf_names
+
     arrays = read_arrays(path, sha256)
     leaves, treedef = jax.tree.flatten(template)
     stored = [arrays[name] for name in sorted(arrays)]
-    found = [(a.shape[1:], str(a.dtype)) for a in stored]
-    wanted = [(tuple(leaf.shape)[1:], str(leaf.dtype)) for leaf in leaves]
-    if found != wanted:
-        raise InputError(
-            f"{path}: holds other arrays than this run needs (other model, sampler or version): "
-            f"found {len(found)} arrays, expected {len(wanted)} with given shapes and types"
-        )
+    start = f"{path}: holds other arrays than this run needs"
+    advice = (
+        "It was written for another model, sampler, precision or version; use those, or start "
+        "the run again in a new folder"
+    )
+    if len(stored) != len(leaves):
+        raise InputError(f"{start}: found {len(stored)}, expected {len(leaves)}. {advice}")
+    for name, found, leaf in zip(leaf_names(template), stored, leaves, strict=True):
+        if (found.shape[1:], found.dtype) != (tuple(leaf.shape)[1:], leaf.dtype):
+            raise InputError(
+                f"{start}: for {name} found {found.dtype} of shape {found.shape}, expected "
+                f"{leaf.dtype} of shape {tuple(leaf.shape)}. {advice}"
+            )
     return jax.tree.unflatten(treedef, stored)
 
 
@@ -144,11 +164,11 @@ class Store:
         return {"stage": stage, "position": position, "file": name, "sha256": sha256}
 
     def drop_old_checkpoints(self) -> None:
-        """Remove every checkpoint but the committed one."""
+        """Remove every checkpoint but the committed one, and what a killed process half wrote."""
         keep = (self.manifest.get("checkpoint") or {}).get("file")
         folder = self.folder / "state"
-        for path in folder.glob("*.npz") if folder.is_dir() else ():
-            if path.name != keep:
+        for path in list(folder.iterdir()) if folder.is_dir() else ():
+            if path.name != keep and path.suffix in (".npz", ".tmp"):
                 path.unlink(missing_ok=True)
 
     def restore(self, template: Any) -> Any:
@@ -178,10 +198,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise InputError(f"{folder}: not a run folder (it has no manifest.json)")
     try:
-        manifest = json.loads(path.read_text())
+        manifest = json.loads(path.read_text(encoding="utf-8"))
         schema = manifest["schema"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise InputError(f"{path}: damaged ({error}); restore it from a copy") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: damaged ({error!r}). {ADVICE}") from error
+    except OSError as error:
+        raise InputError(f"{path}: cannot read: {error.strerror or error}") from error
     if schema != SCHEMA:
         raise InputError(
             f"{path}: schema version {schema}, this version of bnnmcmc reads {SCHEMA}; "
@@ -194,7 +216,7 @@ def create_arrays(
     path: Path, shapes: dict[str, tuple[int, ...]], dtypes: dict[str, Any], chains: int, draws: int
 ) -> None:
     """Make empty Zarr arrays ``path/NAME`` of shape (chain, draw, *shape)."""
-    with disk_errors(path.parent):
+    with disk_errors(path):
         group = zarr.open_group(path, mode="w")
         per_draw = sum(
             chains * int(np.prod(shapes[name])) * np.dtype(dtypes[name]).itemsize for name in shapes
@@ -207,7 +229,7 @@ def create_arrays(
                 shape=(chains, draws, *shape),
                 chunks=(chains, chunk, *shape),
                 dtype=dtype,
-                fill_value=np.nan if dtype.kind == "f" else -1,
+                fill_value=np.nan if dtype.kind == "f" else -1 if dtype.kind == "i" else 0,
                 compressors=None,  # weights are noise to a compressor
                 dimension_names=("chain", "draw", *(f"{name}_dim{i}" for i in range(len(shape)))),
             )
@@ -215,9 +237,11 @@ def create_arrays(
 
 def resize_arrays(path: Path, draws: int) -> None:
     """Make room for ``draws`` draws per chain."""
-    with disk_errors(path.parent):
-        for _, array in zarr.open_group(path, mode="r+").arrays():
-            array.resize((array.shape[0], draws, *array.shape[2:]))
+    with disk_errors(path):
+        # All members, also nested ones: a leaf's name may hold a slash.
+        for _, array in zarr.open_group(path, mode="r+").members(max_depth=None):
+            if isinstance(array, zarr.Array):
+                array.resize((array.shape[0], draws, *array.shape[2:]))
 
 
 def append(path: Path, start: int, arrays: dict[str, np.ndarray]) -> int:
@@ -236,7 +260,8 @@ def append(path: Path, start: int, arrays: dict[str, np.ndarray]) -> int:
     int
         The block's checksum, for the manifest.
     """
-    with disk_errors(path.parent):
+    # Zarr would leave out a chunk that holds only NaN, and so lose the bits of the NaN.
+    with disk_errors(path), zarr.config.set({"array.write_empty_chunks": True}):
         group = zarr.open_group(path, mode="r+")
         for name, values in arrays.items():
             stored: Any = group[name]
@@ -245,7 +270,8 @@ def append(path: Path, start: int, arrays: dict[str, np.ndarray]) -> int:
             chunk = stored.chunks[1]
             for index in range(start // chunk, -(-stop // chunk)):
                 parts = ("c", "0", str(index), *("0" for _ in values.shape[2:]))
-                _sync_file(path / name / Path(*parts))
+                with open(path / name / Path(*parts), "rb") as file:
+                    os.fsync(file.fileno())
     return checksum(arrays)
 
 
@@ -281,31 +307,28 @@ def read_blocks(
     InputError
         Something that was committed is missing or changed.
     """
-    advice = "Restore it from a copy, or start the run again in a new folder"
     try:
         group = zarr.open_group(path, mode="r")
         stored: dict[str, Any] = {name: group[name] for name in names}
-    except (FileNotFoundError, KeyError, ValueError) as error:
-        raise InputError(f"{path}: damaged: {error}. {advice}") from error
+    except (OSError, KeyError, ValueError, TypeError) as error:
+        raise InputError(f"{path}: damaged: {error}. {ADVICE}") from error
     for block in blocks:
-        low, high = block["start"], block["start"] + block["count"]
+        try:
+            low, expected = int(block["start"]), int(block[path.name])
+            high = low + int(block["count"])
+        except (KeyError, TypeError, ValueError) as error:
+            manifest = path.parent / "manifest.json"
+            raise InputError(f"{manifest}: no valid block record: {block!r}. {ADVICE}") from error
         try:
             arrays = {name: np.asarray(stored[name][:, low:high]) for name in names}
         except (ValueError, OSError) as error:
-            raise InputError(f"{path}: damaged: {error}. {advice}") from error
-        if checksum(arrays) != block[path.name]:
+            raise InputError(f"{path}: damaged: {error}. {ADVICE}") from error
+        if checksum(arrays) != expected:
             raise InputError(
                 f"{path}: draws {low} to {high - 1} do not match their checksum in manifest.json: "
-                f"the store was cut short or changed. {advice}"
+                f"the store was cut short or changed. {ADVICE}"
             )
         yield arrays
-
-
-def _sync_file(path: Path) -> None:
-    # A chunk that holds only the fill value is not written; nothing to flush then.
-    if path.is_file():
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
 
 
 def _sync_folder(path: Path) -> None:

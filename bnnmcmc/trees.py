@@ -1,5 +1,6 @@
 """Pytrees of arrays: leaf names, flat vectors, stacking, finite checks."""
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -7,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
+
+from bnnmcmc.errors import InputError
 
 
 class Layout(NamedTuple):
@@ -37,9 +40,22 @@ def leaf_names(tree: Any) -> tuple[str, ...]:
 
 
 def layout(position: Any) -> Layout:
-    """Return the layout of one position (no chain axis)."""
+    """Return the layout of one position (no chain axis).
+
+    Raises
+    ------
+    InputError
+        Two leaves have the same dotted name, so their draws could not be told apart.
+    """
     leaves, treedef = jax.tree.flatten(position)
-    return Layout(leaf_names(position), tuple(tuple(np.shape(leaf)) for leaf in leaves), treedef)
+    names = leaf_names(position)
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise InputError(
+            f"position: {len(twice)} names stand for more than one leaf, such as {twice[0]!r}; "
+            "rename the keys of the tree so that their dotted paths differ"
+        )
+    return Layout(names, tuple(tuple(np.shape(leaf)) for leaf in leaves), treedef)
 
 
 def split_flat(flat: Any, of: Layout) -> list[Any]:

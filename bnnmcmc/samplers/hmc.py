@@ -30,8 +30,8 @@ def hmc(
 ) -> Kernel:
     """Build Hamiltonian Monte Carlo with a diagonal metric.
 
-    The number of leapfrog steps of a draw is uniform on
-    ``(1 - jitter) * num_leapfrog .. (1 + jitter) * num_leapfrog``, so that no direction is in
+    The number of leapfrog steps of a draw is uniform on ``num_leapfrog - h .. num_leapfrog + h``
+    with ``h = floor(jitter * num_leapfrog)``, so that no direction is in
     resonance with the trajectory; the choice does not look at the state, so the target stays
     invariant (Neal 2011, section 5.4.2.2).
 
@@ -68,8 +68,8 @@ def hmc(
             f"sampler.initial_step_size: found {initial_step_size}, expected more than 0"
         )
     transition = blackjax.hmc.build_kernel()
-    shortest = max(1, round((1 - jitter) * num_leapfrog))
-    longest = max(shortest, round((1 + jitter) * num_leapfrog))
+    half = int(jitter * num_leapfrog)
+    shortest, longest = num_leapfrog - half, num_leapfrog + half
 
     def init(key, position, log_density):
         return blackjax.hmc.init(position, log_density)
@@ -77,14 +77,15 @@ def hmc(
     def step(key, state, params, log_density):
         key_length, key_move = jax.random.split(key)
         length = jax.random.randint(key_length, (), shortest, longest + 1)
-        state, info = transition(
+        new, info = transition(
             key_move, state, log_density, params.step_size, params.inverse_mass_matrix, length
         )
-        return state, HMCInfo(
-            state.logdensity,
-            info.energy,
-            # A trajectory that left the finite numbers is a rejection, not an unknown rate.
-            jnp.where(jnp.isfinite(info.acceptance_rate), info.acceptance_rate, 0.0),
+        # blackjax gives the proposal's energy, also of a proposal that was turned down.
+        kinetic = 0.5 * jnp.sum(params.inverse_mass_matrix * jnp.square(info.momentum))
+        return new, HMCInfo(
+            new.logdensity,
+            jnp.where(info.is_accepted, info.energy, kinetic - state.logdensity),
+            info.acceptance_rate,
             info.is_divergent,
             length,
             params.step_size,

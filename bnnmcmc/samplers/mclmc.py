@@ -18,6 +18,8 @@ INTEGRATORS = {
 # Phase 3 keeps at most this many draws and coordinates to estimate autocorrelation times.
 MAX_TUNING_DRAWS = 1000
 MAX_TUNING_COORDINATES = 1000
+# A phase with fewer draws than this says nothing about L, which then stays as it was.
+MIN_TUNING_DRAWS = 10
 
 
 class MCLMCParams(NamedTuple):
@@ -45,9 +47,10 @@ class MILEState(NamedTuple):
     weight_sum: jax.Array
     weighted_error: jax.Array
     max_step_size: jax.Array
+    wanted: jax.Array
     moment_weight: jax.Array
     mean: jax.Array
-    mean_square: jax.Array
+    squares: jax.Array
     kept: jax.Array
     num_kept: jax.Array
 
@@ -73,7 +76,9 @@ def mclmc(
     position give :math:`L = \sqrt{\sum_i \mathrm{Var}[\theta_i]}` (the step size still adapts);
     in the last tenth :math:`L = 0.4\, \epsilon\, \mathrm{mean}_i(n / \mathrm{ESS}_i)`. Starts at
     :math:`L = \max(\sqrt d, 15)`. A step that leaves the finite numbers is taken back and caps
-    the step size at 0.8 of what it was.
+    the step size at 0.8 of what it was. A warm-up that ends early, at v, hands over
+    :math:`\epsilon (v_\mathrm{end} / v)^{1/6}`: the draws are not hotter for it. L stays as it is
+    where a phase has fewer than ten draws.
 
     Parameters
     ----------
@@ -162,6 +167,7 @@ def mile_warmup(step, num_steps, variance_start, variance_end, initial_step_size
             zero,
             zero,
             jnp.asarray(jnp.inf, dtype),
+            jnp.asarray(variance_end, dtype),
             zero,
             jnp.zeros_like(position),
             jnp.zeros_like(position),
@@ -170,40 +176,50 @@ def mile_warmup(step, num_steps, variance_start, variance_end, initial_step_size
         )
 
     def tune_step_size(a: MILEState, info: MCLMCInfo, t) -> MILEState:
-        progress = jnp.minimum(t / max(end_moments, 1), 1.0)
-        wanted = variance_start + (variance_end - variance_start) * progress
+        progress = jnp.minimum(t / max(end_moments - 1, 1), 1.0).astype(a.wanted.dtype)
+        wanted = variance_start * (1 - progress) + variance_end * progress
         epsilon = a.params.step_size
         xi = info.energy_error_squared / wanted + 1e-8
-        weight = jnp.exp(-0.5 * jnp.square(jnp.log(xi) / (6.0 * 1.5)))
-        # A step taken back says only that epsilon was too large.
-        weight = jnp.where(info.diverging, 0.0, weight)
-        longest = jnp.where(info.diverging, 0.8 * epsilon, a.max_step_size)
-        error = memory * a.weighted_error + weight * xi / epsilon**6
+        # A step taken back, or an error whose square overflows, says only that epsilon was too
+        # large.
+        failed = info.diverging | ~jnp.isfinite(xi)
+        xi = jnp.where(failed, 1.0, xi)
+        weight = jnp.where(failed, 0.0, jnp.exp(-0.5 * jnp.square(jnp.log(xi) / (6.0 * 1.5))))
+        longest = jnp.where(failed, 0.8 * epsilon, a.max_step_size)
+        # In units of the first step size: epsilon**6 alone leaves the range of float32.
+        error = memory * a.weighted_error + weight * xi / (epsilon / initial_step_size) ** 6
         total = memory * a.weight_sum + weight
-        fitted = jnp.where(total > 0, (error / total) ** (-1.0 / 6.0), epsilon)
-        params = a.params._replace(step_size=jnp.minimum(fitted, longest))
+        fitted = initial_step_size * (error / total) ** (-1.0 / 6.0)
+        fitted = jnp.where(total > 0, fitted, epsilon)
         return a._replace(
-            params=params, weighted_error=error, weight_sum=total, max_step_size=longest
+            params=a.params._replace(step_size=jnp.minimum(fitted, longest)),
+            weighted_error=error,
+            weight_sum=total,
+            max_step_size=longest,
+            wanted=wanted,
         )
 
     def add_moments(a: MILEState, position: jax.Array, info: MCLMCInfo) -> MILEState:
         weight = jnp.where(info.diverging, 0.0, info.step_size)
         total = a.moment_weight + weight
         share = jnp.where(total > 0, weight / total, 0.0)
-        return a._replace(
-            moment_weight=total,
-            mean=a.mean + share * (position - a.mean),
-            mean_square=a.mean_square + share * (jnp.square(position) - a.mean_square),
-        )
+        # Welford's recursion with weights: a mean far from zero costs no digits.
+        mean = a.mean + share * (position - a.mean)
+        squares = a.squares + weight * (position - a.mean) * (position - mean)
+        return a._replace(moment_weight=total, mean=mean, squares=squares)
 
     def length_from_moments(a: MILEState) -> MILEState:
-        spread = jnp.sqrt(jnp.sum(jnp.maximum(a.mean_square - jnp.square(a.mean), 0.0)))
+        if end_moments - end_step_size < MIN_TUNING_DRAWS:
+            return a
+        spread = jnp.sqrt(jnp.sum(a.squares) / a.moment_weight)
         length = jnp.where(
             (a.moment_weight > 0) & (spread > 0), spread, a.params.decoherence_length
         )
         return a._replace(params=a.params._replace(decoherence_length=length))
 
     def keep(a: MILEState, position: jax.Array, t) -> MILEState:
+        if capacity == 0:
+            return a
         since = t - end_moments
         slot = since // every
         use = (since % every == every - 1) & (slot < capacity)
@@ -229,15 +245,18 @@ def mile_warmup(step, num_steps, variance_start, variance_end, initial_step_size
         return state, a, info
 
     def finish(a: MILEState) -> MCLMCParams:
-        if capacity < 4:
-            return a.params
+        # The energy error's variance grows with the sixth power of the step size.
+        step_size = a.params.step_size * (variance_end / a.wanted) ** (1.0 / 6.0)
+        params = a.params._replace(step_size=jnp.minimum(step_size, a.max_step_size))
+        if capacity < MIN_TUNING_DRAWS:
+            return params
         # effective_sample_size wants (chain, draw, coordinate).
         ess = blackjax.diagnostics.effective_sample_size(a.kept[None])
         tau = every * capacity / ess
-        length = 0.4 * a.params.step_size * jnp.mean(tau)
+        length = 0.4 * params.step_size * jnp.mean(tau)
         usable = (a.num_kept == capacity) & jnp.isfinite(length) & (length > 0)
-        return a.params._replace(
-            decoherence_length=jnp.where(usable, length, a.params.decoherence_length)
+        return params._replace(
+            decoherence_length=jnp.where(usable, length, params.decoherence_length)
         )
 
     return Warmup(init, warm, finish)

@@ -1,0 +1,188 @@
+"""From a config to the objects it describes: data set, posterior, kernel, optimiser, placement."""
+
+import importlib
+import os
+import sys
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+from bnnmcmc import likelihoods, priors
+from bnnmcmc.config import Config, LeafPriorConfig
+from bnnmcmc.data import Dataset, Encoding, Split, Table, prepare
+from bnnmcmc.ensemble import make_optimiser
+from bnnmcmc.errors import InputError
+from bnnmcmc.models.mlp import mlp
+from bnnmcmc.models.network import Network
+from bnnmcmc.placement import Placement, place
+from bnnmcmc.posterior import Posterior
+from bnnmcmc.samplers.kernel import Kernel
+from bnnmcmc.samplers.table import KERNELS
+
+
+def make_dataset(config: Config, table: Table) -> Dataset:
+    """Split, encode and scale a table as the config says.
+
+    Raises
+    ------
+    InputError
+        See `bnnmcmc.data.prepare`.
+    """
+    data = config.data
+    return prepare(
+        table,
+        task=config.task,
+        target=data.target,
+        features=data.features,
+        drop=data.drop,
+        categorical=data.categorical,
+        split=Split(**data.split.model_dump()),
+        batch_size=config.ensemble.batch_size or None,
+    )
+
+
+def make_likelihood(config: Config, encoding: Encoding) -> likelihoods.Likelihood:
+    """Build the likelihood for the targets or classes of a data set.
+
+    Raises
+    ------
+    InputError
+        A Bernoulli likelihood for other than two classes.
+    """
+    chosen = config.likelihood
+    match chosen.kind:
+        case "gaussian":
+            return likelihoods.gaussian(len(encoding.targets), chosen.scale, chosen.scale_prior)
+        case "categorical":
+            return likelihoods.categorical(len(encoding.classes or ()))
+        case "bernoulli":
+            classes = encoding.classes or ()
+            if len(classes) != 2:
+                raise InputError(
+                    f"likelihood.kind: 'bernoulli' is for two classes, but {encoding.targets[0].name!r} "
+                    f"has {len(classes)}; use 'categorical'"
+                )
+            return likelihoods.bernoulli()
+
+
+def make_network(config: Config, features: int, outputs: int) -> Network:
+    """Build the MLP, or call the user's ``module:function(features, outputs)``.
+
+    Raises
+    ------
+    InputError
+        The function cannot be imported or called, or does not return a `Network`.
+    """
+    model = config.model
+    if model.network is None:
+        return mlp(features, model.hidden, outputs, model.activation, model.skip)
+    function = import_object("model.network", model.network)
+    try:
+        network = function(features, outputs)
+    except Exception as error:  # the user's code may raise anything
+        raise InputError(
+            f"model.network: {model.network}({features}, {outputs}) failed: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    if not isinstance(network, Network):
+        raise InputError(
+            f"model.network: {model.network} returned a {type(network).__name__}, expected a "
+            "bnnmcmc.Network(init, apply)"
+        )
+    return network
+
+
+def import_object(field: str, reference: str) -> Any:
+    """Import ``module:object``, also from the working folder.
+
+    Raises
+    ------
+    InputError
+        No such module or object, or the reference is not of that form.
+    """
+    module_name, colon, name = reference.partition(":")
+    if not colon or not module_name or not name:
+        raise InputError(f"{field}: found {reference!r}, expected module:object")
+    folder = os.getcwd()
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    try:
+        return getattr(importlib.import_module(module_name), name)
+    except ImportError as error:
+        raise InputError(
+            f"{field}: cannot import {module_name!r}: {error}; the module must be installed, or "
+            f"lie in the working folder {folder}"
+        ) from error
+    except AttributeError as error:
+        raise InputError(f"{field}: the module {module_name!r} has no {name!r}") from error
+
+
+def make_prior(config: Config) -> priors.Prior:
+    """Build the prior over the network's parameters."""
+    chosen = config.prior
+
+    def leaf(part: LeafPriorConfig) -> priors.LeafPrior:
+        return priors.LeafPrior(part.family, part.scale, part.fan_in, part.df)
+
+    layers = {
+        name: {
+            kind: leaf(part)
+            for kind, part in (("weight", layer.weight), ("bias", layer.bias))
+            if part is not None
+        }
+        for name, layer in chosen.layers.items()
+    }
+    return priors.independent(leaf(chosen), leaf(chosen.bias) if chosen.bias else None, layers)
+
+
+def make_posterior(config: Config, encoding: Encoding) -> Posterior:
+    """Build network, likelihood and prior for a data set with this encoding.
+
+    Raises
+    ------
+    InputError
+        Any of the three cannot be built.
+    """
+    likelihood = make_likelihood(config, encoding)
+    network = make_network(config, len(encoding.feature_names), likelihood.num_outputs)
+    return Posterior(network, likelihood, make_prior(config))
+
+
+def make_kernel(config: Config) -> Kernel:
+    """Build the kernel with the options of [sampler]."""
+    common = {"kernel", "rows", "warmup", "draws", "thin"}
+    return KERNELS[config.sampler.kernel](**config.sampler.model_dump(exclude=common))
+
+
+def make_ensemble_optimiser(config: Config) -> optax.GradientTransformation:
+    """Build the optimiser of [ensemble]."""
+    chosen = config.ensemble
+    return make_optimiser(
+        chosen.optimizer,
+        chosen.learning_rate,
+        chosen.optimizer_options,
+        chosen.schedule,
+        chosen.schedule_options,
+    )
+
+
+def make_placement(config: Config) -> Placement:
+    """Place the chains as [run] says."""
+    devices = jax.devices()
+    wanted = config.run.devices or len(devices)
+    if wanted > len(devices):
+        raise InputError(
+            f"run.devices: found {wanted}, but there are {len(devices)}; give 0 for all"
+        )
+    mode = None if config.run.mode == "auto" else config.run.mode
+    return place(config.ensemble.members, devices[:wanted], mode, config.run.group)
+
+
+def sampling_rows(config: Config, dataset: Dataset) -> tuple[Any, Any]:
+    """Return x and y of the rows that the posterior conditions on."""
+    rows = dataset.train
+    if config.sampler.rows == "train+validation":
+        rows = np.concatenate([dataset.train, dataset.validation])  # train comes first
+    return dataset.x[rows], dataset.y[rows]

@@ -1,0 +1,364 @@
+"""The command line. JAX loads only in the commands that compute."""
+
+import os
+import re
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import cyclopts
+from cyclopts import Parameter
+from rich.console import Console
+from rich.markup import escape
+
+from bnnmcmc.errors import InputError
+
+app = cyclopts.App(
+    name="bnnmcmc",
+    help="Sampling-based inference for Bayesian neural networks: one chain per deep-ensemble "
+    "member, all chains at once.\n\n"
+    "Start with: bnnmcmc init my.toml --data table.csv --target price, then: bnnmcmc run my.toml",
+    version_flags=["--version"],
+    result_action="return_value",
+)
+
+Set = Annotated[
+    list[str] | None,
+    Parameter(
+        name="--set",
+        consume_multiple=True,
+        negative=(),
+        help="Change settings: --set sampler.draws=500 run.seed=3 (values as in TOML).",
+    ),
+]
+Budget = Annotated[
+    str | None,
+    Parameter(
+        help="Stop in time with everything usable: 90s, 10m, 1h30m. Plans fewer steps if needed."
+    ),
+]
+Quiet = Annotated[bool, Parameter(negative=(), help="Show no progress.")]
+
+
+@app.command
+def init(
+    path: Path = Path("experiment.toml"),
+    *,
+    data: Path | None = None,
+    target: Annotated[list[str] | None, Parameter(consume_multiple=True, negative=())] = None,
+):
+    """Write a commented starter config.
+
+    Parameters
+    ----------
+    path
+        The file to write; never overwritten.
+    data
+        The table to learn from; scikit-learn's diabetes data if not given.
+    target
+        The column(s) to predict; the last one if not given.
+    """
+    from bnnmcmc.starter import write_starter
+
+    said = write_starter(path, data, target)
+    out = Console(highlight=False, soft_wrap=True)
+    out.print(f"wrote {escape(str(path))}: {escape(said)}")
+    out.print(f"next: bnnmcmc check {escape(str(path))}, then bnnmcmc run {escape(str(path))}")
+
+
+@app.command
+def check(config: Path, *, set: Set = None):
+    """Check an experiment before it runs: config, data, shapes, finite density, cost. No sampling.
+
+    Parameters
+    ----------
+    config
+        The experiment file.
+    """
+    experiment, table = _experiment(config, set)
+    from bnnmcmc.build import make_dataset
+    from bnnmcmc.pipeline import check_model
+    from bnnmcmc.preflight import estimate, print_estimate
+
+    with _console(False).status("checking data, model and density"):
+        dataset = make_dataset(experiment, table)
+        posterior, placement = check_model(experiment, dataset)
+    with _console(False).status("measuring one epoch and one gradient"):
+        cost = estimate(experiment, dataset, posterior, placement)
+    print_estimate(Console(highlight=False, soft_wrap=True), experiment, dataset, placement, cost)
+
+
+@app.command
+def run(
+    config: Path,
+    *,
+    out: Path | None = None,
+    set: Set = None,
+    time_budget: Budget = None,
+    quiet: Quiet = False,
+):
+    """Run an experiment: train the ensemble, sample, score, write the report.
+
+    Parameters
+    ----------
+    config
+        The experiment file.
+    out
+        The run folder, which must be new; by default runs/NAME, runs/NAME-2, ...
+    """
+    budget = None if time_budget is None else seconds(time_budget)
+    experiment, table = _experiment(config, set)
+    from bnnmcmc.pipeline import start_run
+
+    folder = out or _new_folder(Path("runs") / config.stem)
+    done = start_run(
+        experiment,
+        table,
+        folder,
+        name=config.stem,
+        command=shlex.join(["bnnmcmc", *sys.argv[1:]]),
+        console=_console(quiet),
+        budget=budget,
+    )
+    return _end(folder, done)
+
+
+@app.command
+def resume(
+    folder: Path,
+    *,
+    draws: int = 0,
+    time_budget: Budget = None,
+    other_versions: Annotated[bool, Parameter(negative=())] = False,
+    quiet: Quiet = False,
+):
+    """Go on with a run after an interruption, or add draws to it.
+
+    Parameters
+    ----------
+    folder
+        The run folder.
+    draws
+        Add this many draws per chain to those planned.
+    other_versions
+        Go on although package versions have changed; the draws are then not bit for bit those
+        of an undisturbed run.
+    """
+    budget = None if time_budget is None else seconds(time_budget)
+    _configure_for(folder)
+    from bnnmcmc.pipeline import resume_run
+
+    done = resume_run(
+        folder,
+        console=_console(quiet),
+        draws=draws,
+        budget=budget,
+        other_versions=other_versions,
+    )
+    return _end(folder, done)
+
+
+@app.command
+def predict(folder: Path, table: Path, *, out: Path | None = None, level: float = 0.9):
+    """Predict the rows of a table, with intervals, or with class probabilities.
+
+    Columns are matched by name. If the table holds the target too, scores are printed.
+
+    Parameters
+    ----------
+    folder
+        The run folder.
+    table
+        CSV, space-separated text, Parquet or npz.
+    out
+        A .csv or .parquet file to write; CSV goes to the terminal if not given.
+    level
+        Of the intervals.
+    """
+    if out is not None and out.suffix.lower() not in (".csv", ".parquet"):
+        raise InputError(f"--out {out}: expected a name that ends in .csv or .parquet")
+    if not 0 < level < 1:
+        raise InputError(f"--level {level}: expected between 0 and 1, such as 0.9")
+    from bnnmcmc.data import read_table
+
+    rows = read_table(table)
+    _configure_for(folder)
+    from bnnmcmc.rows import predict_table, write_rows
+
+    frame, scores = predict_table(folder, rows, level, _console(False))
+    write_rows(frame, out)
+    said = Console(stderr=True, highlight=False, soft_wrap=True)
+    if out is not None:
+        said.print(f"wrote {escape(str(out))}: {len(frame)} rows")
+    if scores is not None:
+        said.print("scores: " + ", ".join(f"{k} {v:.4g}" for k, v in scores.items()))
+
+
+@app.command
+def diagnose(folder: Path):
+    """Show how well the chains of a run did: status, R-hat, ESS, divergences.
+
+    Parameters
+    ----------
+    folder
+        The run folder, finished or not.
+    """
+    _configure_for(folder)
+    from bnnmcmc.pipeline import write_diagnostics
+    from bnnmcmc.run import Run
+    from bnnmcmc.store import Store, read_manifest
+    from bnnmcmc.summary import print_diagnostics
+
+    with _console(False).status("reading draws, computing R-hat and ESS"):
+        write_diagnostics(Run.open(folder), Store(folder, read_manifest(folder)))
+    print_diagnostics(Console(), folder)
+
+
+@app.command
+def report(folder: Path):
+    """Write report.html into a run folder, finished or not.
+
+    Parameters
+    ----------
+    folder
+        The run folder.
+    """
+    from bnnmcmc.store import read_manifest
+
+    manifest = read_manifest(folder)
+    if manifest["stage"] != "done" and manifest["blocks"]:
+        _configure_for(folder)
+        from bnnmcmc.pipeline import refresh_results
+
+        with _console(False).status("scores and diagnostics of the draws so far"):
+            refresh_results(folder)
+    from bnnmcmc.report.page import write_report
+
+    path = write_report(folder)
+    Console(highlight=False, soft_wrap=True).print(f"wrote {escape(str(path))}")
+
+
+@app.command
+def sweep(
+    config: Path,
+    *,
+    grid: Annotated[
+        list[str] | None,
+        Parameter(
+            consume_multiple=True,
+            negative=(),
+            help="Values to try: --grid sampler.draws=100,1000 model.hidden=[16],[16,16].",
+        ),
+    ] = None,
+    seeds: Annotated[int, Parameter(help="Runs per grid point: run.seed, run.seed + 1, ...")] = 1,
+    out: Path | None = None,
+    set: Set = None,
+):
+    """Run a grid of settings, several seeds each, and put the results in one table.
+
+    A sweep that was interrupted goes on where it stopped when it is called again with the same
+    ``--out``.
+
+    Parameters
+    ----------
+    config
+        The experiment file.
+    out
+        The folder for all runs and sweep.csv; by default runs/NAME-sweep.
+    """
+    from bnnmcmc.sweep import run_sweep
+
+    folder = out or Path("runs") / f"{config.stem}-sweep"
+    return run_sweep(config, grid or [], seeds, folder, set or [])
+
+
+def seconds(text: str) -> float:
+    """Read a time span such as 90, 90s, 10m or 1h30m.
+
+    Raises
+    ------
+    InputError
+        Not a time span, or zero.
+    """
+    match = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m(?:in)?)?(?:(\d+(?:\.\d*)?)s?)?", text.strip())
+    total = 0.0
+    if match:
+        hours, minutes, rest = match.groups()
+        total = 3600 * int(hours or 0) + 60 * int(minutes or 0) + float(rest or 0)
+    if not total:
+        raise InputError(f"--time-budget {text}: expected a time such as 90s, 10m or 1h30m")
+    return total
+
+
+def _experiment(path: Path, settings: list[str] | None):
+    """Read config and data, then configure JAX: mistakes in files show before JAX loads."""
+    from bnnmcmc.config import read_config
+    from bnnmcmc.data import load_table
+
+    config = read_config(path, settings or [])
+    folders = [path.parent]
+    if os.environ.get("BNNMCMC_DATA"):
+        folders.append(Path(os.environ["BNNMCMC_DATA"]))
+    data = config.data
+    table = load_table(path=data.path, source=data.source, folders=folders, target=data.target)
+    _configure_jax(config)
+    return config, table
+
+
+def _configure_for(folder: Path) -> None:
+    from bnnmcmc.config import read_config
+    from bnnmcmc.store import read_manifest
+
+    read_manifest(folder)
+    _configure_jax(read_config(folder / "config.toml"))
+
+
+def _configure_jax(config) -> None:
+    # Before anything that imports blackjax or numpyro: they wake JAX up.
+    from bnnmcmc.placement import use_all_cores, use_precision
+
+    use_all_cores(config.run.devices or None)
+    use_precision(config.run.precision)
+
+
+def _new_folder(base: Path) -> Path:
+    folder, number = base, 1
+    while folder.exists() and any(folder.iterdir()):
+        number += 1
+        folder = base.with_name(f"{base.name}-{number}")
+    return folder
+
+
+def _console(quiet: bool) -> Console:
+    return Console(stderr=True, quiet=quiet, highlight=False)
+
+
+def _end(folder: Path, done: bool) -> int:
+    out = Console(highlight=False)
+    if done:
+        from bnnmcmc.summary import print_summary
+
+        print_summary(out, folder)
+        return 0
+    where = shlex.quote(str(folder))
+    out.print(
+        f"Stopped. Everything up to here is saved in {escape(where)}; go on with:\n"
+        f"  bnnmcmc resume {escape(where)}",
+        soft_wrap=True,
+    )
+    return 130
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line and exit: 0 done, 2 a mistake in the input, 130 interrupted."""
+    try:
+        code = app(arguments)
+    except InputError as error:
+        Console(stderr=True, highlight=False, soft_wrap=True).print(
+            f"[bold red]error:[/] {escape(str(error))}"
+        )
+        code = 2
+    except KeyboardInterrupt:
+        code = 130
+    sys.exit(code if isinstance(code, int) else 0)

@@ -1,0 +1,190 @@
+"""What a run would need: parameters, memory, disk and a rough time, measured in seconds."""
+
+import time
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+from rich.markup import escape
+
+from bnnmcmc import build, trees
+from bnnmcmc.config import Config
+from bnnmcmc.data import Dataset
+from bnnmcmc.ensemble import build_training, run_epochs, start_members
+from bnnmcmc.keys import stage_key
+from bnnmcmc.pipeline import draw_bytes
+from bnnmcmc.placement import Placement, over_chains, replicate, spread
+from bnnmcmc.posterior import Posterior
+from bnnmcmc.predictive import BATCH
+from bnnmcmc.progress import duration
+from bnnmcmc.run import position_layout
+from bnnmcmc.sampling import MAX_BLOCK_BYTES
+from bnnmcmc.samplers.mclmc import MAX_TUNING_COORDINATES, MAX_TUNING_DRAWS
+
+# What Python, JAX and the compiled programs take before any data.
+BASE_BYTES = 600 * 2**20
+# A tree of NUTS in a BNN is between these depths, as a rule.
+NUTS_DEPTHS = (6, 9)
+
+
+class Estimate(NamedTuple):
+    """What a run would need.
+
+    Parameters
+    ----------
+    parameters : int
+        Of one network and its likelihood.
+    memory, disk : float
+        Bytes of main (or device) memory at most, and bytes of draws on disk.
+    epoch_seconds : float
+        One epoch of all members.
+    max_epochs : int
+        Most epochs; members stop early, so training rarely takes that long.
+    gradient_seconds : float
+        One gradient of the log-density of every chain.
+    sampling_seconds : tuple of float
+        Shortest and longest time of warm-up and sampling to expect.
+    """
+
+    parameters: int
+    memory: float
+    disk: float
+    epoch_seconds: float
+    max_epochs: int
+    gradient_seconds: float
+    sampling_seconds: tuple[float, float]
+
+
+def estimate(
+    config: Config, dataset: Dataset, posterior: Posterior, placement: Placement
+) -> Estimate:
+    """Measure the cost of one epoch and one gradient, and add up.
+
+    Parameters
+    ----------
+    config : Config
+    dataset : Dataset
+    posterior : Posterior
+    placement : Placement
+
+    Returns
+    -------
+    Estimate
+    """
+    of = position_layout(posterior)
+    epoch = _epoch_seconds(config, dataset, posterior, placement)
+    gradient = _gradient_seconds(config, dataset, posterior, placement, of)
+    sampler = config.sampler
+    steps = sampler.warmup + sampler.draws * sampler.thin
+    match sampler.kernel:
+        case "mclmc":
+            per_step = build.make_kernel(config).gradients_per_step or 1
+            gradients = (steps * per_step,) * 2
+        case "hmc":
+            gradients = (steps * sampler.num_leapfrog,) * 2
+        case "nuts":
+            depths = [min(depth, sampler.max_depth) for depth in NUTS_DEPTHS]
+            gradients = (steps * (2 ** depths[0] - 1), steps * (2 ** depths[1] - 1))
+    return Estimate(
+        of.size,
+        _memory(config, dataset, of),
+        draw_bytes(config, of),
+        epoch,
+        config.ensemble.max_epochs,
+        gradient,
+        (gradients[0] * gradient, gradients[1] * gradient),
+    )
+
+
+def _memory(config: Config, dataset: Dataset, of: trees.Layout) -> float:
+    item = 8 if config.run.precision == "float64" else 4
+    chains, rows = config.ensemble.members, len(dataset.x)
+    data = 3 * dataset.x.nbytes
+    training = 8 * chains * of.size * item
+    tuning = min(MAX_TUNING_DRAWS, config.sampler.warmup // 10) * min(
+        of.size, MAX_TUNING_COORDINATES
+    )
+    block = min(MAX_BLOCK_BYTES, chains * config.sampler.draws * of.size * item)
+    sampling = chains * item * (tuning + 8 * of.size) + 3 * block
+    prediction = 4 * BATCH * len(dataset.test) * item + 12 * 10_000 * len(dataset.test)
+    return BASE_BYTES + data + max(training, sampling, prediction) + 40 * rows
+
+
+def _epoch_seconds(config, dataset: Dataset, posterior, placement: Placement) -> float:
+    chosen = config.ensemble
+    dtype = jnp.result_type(float)
+    target = dtype if config.task == "regression" else jnp.int32
+    parts = (dataset.train, dataset.validation if len(dataset.validation) else dataset.train)
+    arrays = [(jnp.asarray(dataset.x[p], dtype), jnp.asarray(dataset.y[p], target)) for p in parts]
+    training = build_training(
+        posterior,
+        build.make_ensemble_optimiser(config),
+        placement,
+        rows=len(dataset.train),
+        validation_rows=len(dataset.validation),
+        batch_size=chosen.batch_size or None,
+        max_epochs=6,
+        patience=chosen.patience,
+    )
+    data = replicate((*arrays[0], *arrays[1]), placement)
+    members = start_members(training, config.run.seed)
+    blocks = run_epochs(training, members, config.run.seed, data, max_count=2)
+    seconds = [block.seconds / block.count for block in blocks]
+    return float(np.min(seconds[1:] or seconds))
+
+
+def _gradient_seconds(config, dataset, posterior, placement, of: trees.Layout) -> float:
+    x, y = build.sampling_rows(config, dataset)
+    dtype = jnp.result_type(float)
+    target = dtype if config.task == "regression" else jnp.int32
+    data = replicate((jnp.asarray(x, dtype), jnp.asarray(y, target)), placement)
+
+    def walk(flat, count, x, y):
+        unravel = trees.unraveler(trees.unflatten(jnp.zeros((of.size,), dtype), of))
+        gradient = jax.grad(lambda flat: posterior.log_density(unravel(flat), x, y))
+        # Each gradient feeds the next, so that none can be left out.
+        return jax.lax.fori_loop(0, count, lambda i, flat: flat + 1e-9 * gradient(flat), flat)
+
+    compiled = over_chains(walk, placement)
+    key = stage_key(config.run.seed, "ensemble-init")
+    starts = trees.stack(
+        [posterior.init(jax.random.fold_in(key, i)) for i in range(placement.chains)]
+    )
+    flat = spread(trees.flatten_stacked(starts), placement)
+    jax.block_until_ready(compiled(flat, np.int32(1), *data))
+    count, seconds = 4, 0.0
+    while seconds < 0.3 and count < 10_000:
+        count *= 4
+        begun = time.monotonic()
+        jax.block_until_ready(compiled(flat, np.int32(count), *data))
+        seconds = time.monotonic() - begun
+    return seconds / count
+
+
+def print_estimate(
+    console: Console, config: Config, dataset: Dataset, placement: Placement, cost: Estimate
+) -> None:
+    """Print what `bnnmcmc check` found."""
+    parts = [len(rows) for rows in (dataset.train, dataset.validation, dataset.test)]
+    sampler, (low, high) = config.sampler, cost.sampling_seconds
+    time_needed = duration(low) if low == high else f"{duration(low)} to {duration(high)}"
+    steps = sampler.warmup + sampler.draws * sampler.thin
+    encoding = dataset.encoding
+    classes = f", {len(encoding.classes)} classes" if encoding.classes else ""
+    lines = {
+        "data": f"{dataset.name}: {len(dataset.x)} rows, {dataset.x.shape[1]} features, "
+        f"{encoding.task} of {', '.join(t.name for t in encoding.targets)}{classes}",
+        "split": f"{parts[0]} train, {parts[1]} validation, {parts[2]} test",
+        "model": f"{cost.parameters} parameters; density and gradient are finite at the start",
+        "chains": placement.describe(),
+        "memory": f"at most about {cost.memory / 1e9:.1f} GB",
+        "disk": f"{cost.disk / 1e6:.1f} MB of draws",
+        "training": f"{duration(cost.epoch_seconds * cost.max_epochs)} at most "
+        f"({cost.max_epochs} epochs of {1e3 * cost.epoch_seconds:.2g} ms; members stop early)",
+        "sampling": f"about {time_needed} ({steps} {sampler.kernel} steps per chain, "
+        f"{1e3 * cost.gradient_seconds:.2g} ms per gradient of all chains)",
+    }
+    for name, text in lines.items():
+        console.print(f"[green]✓[/] [dim]{name:<9}[/] {escape(text)}")

@@ -1,0 +1,470 @@
+"""A run: the draws of a posterior with all that is needed to use them."""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bnnmcmc import health, metrics, store, trees
+from bnnmcmc.build import make_posterior, sampling_rows
+from bnnmcmc.config import Config, read_config, to_toml
+from bnnmcmc.data import (
+    Dataset,
+    Encoding,
+    Table,
+    encode_features,
+    encode_targets,
+    fingerprint,
+    load_dataset,
+    table_from_arrays,
+)
+from bnnmcmc.errors import InputError
+from bnnmcmc.posterior import Posterior
+from bnnmcmc.prediction import Prediction, in_target_units
+from bnnmcmc.predictive import Draws, Pooled, draws_in_memory, per_draw, pool
+from bnnmcmc.sampling import sample_density
+
+# The ArviZ tree is thinned to about this size: its log-likelihoods grow with rows x draws.
+ARVIZ_BYTES = 64 * 2**20
+MAX_FUNCTION_ROWS = 50
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """The draws of all chains, the model they belong to, and the data they condition on.
+
+    Parameters
+    ----------
+    posterior : Posterior
+    draws : Draws
+        Of all chains, in memory or on disk.
+    stats : dict
+        name -> numpy array (chain, draw): "log_density" and the kernel's statistics.
+    x, y : arrays
+        The rows that the posterior conditions on, as the network sees them.
+    status : tuple of ChainStatus
+        One per chain, with a sentence. Chains that are "nonfinite" do not enter the pool.
+    seed : int
+        Of the run; also of the predictive samples.
+    dataset : Dataset, optional
+        With the encoding of rows, the scaling and the split; without it, predictions take and
+        give numbers on the scale of ``x`` and ``y``.
+    members : pytree, optional
+        Weights of the ensemble that started the chains, (member, *leaf).
+    validation_loss : numpy array (member,), optional
+        What the best member is chosen by.
+    folder : Path, optional
+        The run folder.
+
+    Examples
+    --------
+    >>> run = Run.open("runs/diabetes")  # doctest: +SKIP
+    >>> run.predict(new_rows).interval(0.9)  # doctest: +SKIP
+    """
+
+    posterior: Posterior
+    draws: Draws
+    stats: dict[str, np.ndarray]
+    x: Any
+    y: Any
+    status: tuple[health.ChainStatus, ...]
+    seed: int = 0
+    dataset: Dataset | None = None
+    members: Any = None
+    validation_loss: np.ndarray | None = None
+    folder: Path | None = None
+
+    @property
+    def encoding(self) -> Encoding | None:
+        """How rows are encoded and scaled, None for a run on bare arrays."""
+        return None if self.dataset is None else self.dataset.encoding
+
+    @property
+    def pooled_chains(self) -> list[int]:
+        """The chains that enter the pool: all but the non-finite ones."""
+        return [i for i, chain in enumerate(self.status) if chain.status != "nonfinite"]
+
+    @property
+    def pooled_draws(self) -> Draws:
+        """The draws of the chains that enter the pool."""
+        chains = self.pooled_chains
+        if not chains:
+            raise InputError("every chain is non-finite: there is nothing to predict with")
+        if len(chains) == self.draws.chains:
+            return self.draws
+        return self.draws._replace(
+            chains=len(chains), blocks=lambda: (b[chains] for b in self.draws.blocks())
+        )
+
+    @staticmethod
+    def open(folder: str | Path) -> "Run":
+        """Open a run folder that holds at least one committed draw, finished or not.
+
+        Parameters
+        ----------
+        folder : path
+
+        Returns
+        -------
+        Run
+            Draws stay on disk and are checked against their checksums as they are read.
+
+        Raises
+        ------
+        InputError
+            Not a run folder, no draws yet, or something in it is missing, damaged or changed.
+        """
+        folder = Path(folder)
+        manifest = store.read_manifest(folder)
+        config, dataset = open_inputs(folder, manifest)
+        check_precision(config)
+        if not manifest["blocks"]:
+            raise InputError(
+                f"{folder}: the run holds no draws yet (its stage is {manifest['stage']!r}); go on "
+                f"with: bnnmcmc resume {folder}"
+            )
+        posterior = make_posterior(config, dataset.encoding)
+        of = position_layout(posterior)
+        members, losses = read_members(folder, manifest, of)
+        x, y = sampling_rows(config, dataset)
+        draws = stored_draws(folder, manifest, of)
+        stats = stored_stats(folder, manifest)
+        return Run(
+            posterior,
+            draws,
+            stats,
+            x,
+            y,
+            tuple(chain_status(draws, stats, manifest["thin"])),
+            manifest["seed"],
+            dataset,
+            members,
+            losses,
+            folder,
+        )
+
+    def load_draws(self) -> Any:
+        """Return all draws in memory: a pytree with numpy leaves (chain, draw, *leaf)."""
+        flat = np.concatenate(list(self.draws.blocks()), axis=1)
+        return trees.unflatten(flat, self.draws.layout)
+
+    def predict(self, rows: Any) -> Prediction:
+        """Predict new rows with all pooled draws.
+
+        Parameters
+        ----------
+        rows : DataFrame, Table or array (rows, features)
+            In the table's own units and labels if the run has an encoding (columns are matched
+            by name where there are names); else as the network sees them.
+
+        Returns
+        -------
+        Prediction
+            In target units.
+
+        Raises
+        ------
+        InputError
+            Rows that cannot be encoded: the message names column and row.
+        """
+        pooled = pool(self.posterior, self.pooled_draws, self._encode(rows)[0], seed=self.seed)
+        return in_target_units(pooled, self.encoding)
+
+    def score(
+        self,
+        rows: Any = None,
+        y: Any = None,
+        *,
+        units: Literal["target", "standardised"] = "target",
+    ) -> dict[str, float]:
+        """Score the pooled posterior predictive.
+
+        Parameters
+        ----------
+        rows : DataFrame, Table or array (rows, features), optional
+            The test part of the run's data set if not given.
+        y : array, optional
+            Targets of ``rows``, if they are not among its columns.
+        units : "target" or "standardised"
+            Units of a numeric target; lppd and NLL differ by ``ln sd(y)``.
+
+        Returns
+        -------
+        dict
+            See `bnnmcmc.metrics`.
+
+        Raises
+        ------
+        InputError
+            No rows to score, or rows that cannot be encoded.
+        """
+        if units not in ("target", "standardised"):
+            raise InputError(f"units: found {units!r}, expected 'target' or 'standardised'")
+        if rows is None:
+            if self.dataset is None or not len(self.dataset.test):
+                raise InputError("score: the run has no test part; give rows and their targets")
+            x, target = self.dataset.x[self.dataset.test], self.dataset.y[self.dataset.test]
+        else:
+            x, target = self._encode(rows, y)
+            if target is None:
+                raise InputError("score: the rows have no target column; give y")
+        pooled = pool(self.posterior, self.pooled_draws, x, target, seed=self.seed)
+        return scores(pooled, target, self.encoding)[units]
+
+    def function_draws(self) -> np.ndarray:
+        """Return each draw's predictions at a few held-out rows, for diagnostics.
+
+        Returns
+        -------
+        numpy array (chain, draw, values)
+            Predictive means (regression) or class probabilities, at most 50 rows, evenly spaced
+            over the test part, else over the rows sampled on. All chains. No targets are used.
+        """
+        x = self.x
+        if self.dataset is not None and len(self.dataset.test):
+            x = self.dataset.x[self.dataset.test]
+        found = per_draw(self.posterior, self.draws, x[:: max(1, -(-len(x) // MAX_FUNCTION_ROWS))])
+        values = found["mean"] if "mean" in found else found["probabilities"][..., 1:]
+        return values.reshape(*values.shape[:2], -1)
+
+    def to_arviz(self, every: int | None = None):
+        """Return an ArviZ DataTree of all chains.
+
+        Parameters
+        ----------
+        every : int
+            Keep every so many draws; by default as few as keep the tree below 64 MiB.
+
+        Returns
+        -------
+        xarray.DataTree
+            Groups posterior, sample_stats, log_likelihood and posterior_predictive (at the rows
+            sampled on), observed_data. Numeric targets are in their own units;
+            log-likelihoods are densities on the standardised scale.
+        """
+        from bnnmcmc import diagnostics
+
+        per_row = 2 if self.y.ndim == 1 else 1 + self.y.shape[1]
+        draw_bytes = 4 * self.draws.chains * (self.draws.layout.size + per_row * len(self.x))
+        if every is None:
+            every = max(1, -(-self.draws.draws * draw_bytes // ARVIZ_BYTES))
+        if every < 1:
+            raise InputError(f"every: found {every}, expected at least 1")
+        found = per_draw(self.posterior, self.draws, self.x, self.y, every=every)
+        encoding, classes = self.encoding, None
+        if "samples" in found:
+            predicted, observed = found["samples"], np.asarray(self.y)
+            if encoding is not None:
+                scale = np.array([target.scale for target in encoding.targets])
+                center = np.array([target.center for target in encoding.targets])
+                predicted, observed = predicted * scale + center, observed * scale + center
+                targets = tuple(target.name for target in encoding.targets)
+            else:
+                targets = tuple(f"y{i}" for i in range(1, observed.shape[1] + 1))
+        else:
+            # One label per draw and row, by inversion of the cumulative probabilities.
+            below = np.cumsum(found["probabilities"], axis=-1)[..., :-1]
+            uniform = np.random.default_rng(self.seed).random((*below.shape[:-1], 1))
+            predicted, observed = (uniform > below).sum(axis=-1), np.asarray(self.y)
+            targets = (encoding.targets[0].name,) if encoding else ("y",)
+            classes = encoding.classes if encoding else None
+        flat = np.concatenate([b for b in self.draws.blocks()], axis=1)[:, ::every]
+        names = self.draws.layout.names
+        return diagnostics.to_datatree(
+            draws=dict(zip(names, trees.split_flat(flat, self.draws.layout), strict=True)),
+            stats={name: values[:, ::every] for name, values in self.stats.items()},
+            log_likelihood=found["log_density"],
+            posterior_predictive=predicted,
+            observed=observed,
+            row_ids=self._sampled_row_ids(),
+            targets=targets,
+            classes=classes,
+            attrs={"thinned_by": every, "seed": self.seed},
+        )
+
+    def _sampled_row_ids(self) -> np.ndarray:
+        if self.dataset is None:
+            return np.arange(len(self.x))
+        rows = np.concatenate([self.dataset.train, self.dataset.validation])
+        return rows[: len(self.x)]  # train comes first (see `sampling_rows`)
+
+    def _encode(self, rows: Any, y: Any = None) -> tuple[np.ndarray, np.ndarray | None]:
+        encoding = self.encoding
+        if encoding is None:
+            x = np.asarray(rows)
+            target = None if y is None else np.asarray(y)
+            if target is not None and self.posterior.likelihood.task == "regression":
+                target = target.reshape(len(x), -1)
+            return x, target
+        table = rows
+        if not isinstance(rows, Table):
+            names = [target.name for target in encoding.targets]
+            table = table_from_arrays(rows, y, target_names=None if y is None else names)
+        return encode_features(encoding, table), encode_targets(encoding, table)
+
+
+def sample(posterior: Posterior, positions: Any, x, y, **options) -> Run:
+    """Sample a neural network's posterior with one chain per start position.
+
+    Parameters
+    ----------
+    posterior : Posterior
+    positions : pytree
+        Start positions (chain, *leaf), for example ``fit_ensemble(...).positions``.
+    x : array (rows, features)
+    y : array (rows, targets), or (rows,) class indices
+    **options
+        As in `sample_density`: kernel, warmup, draws, thin, seed, placement, on_block.
+
+    Returns
+    -------
+    Run
+        Draws in memory.
+
+    Raises
+    ------
+    InputError
+        As `sample_density`.
+    """
+    dtype = jnp.result_type(float)
+    x = jnp.asarray(x, dtype)
+    y = jnp.asarray(y, dtype if posterior.likelihood.task == "regression" else jnp.int32)
+    samples = sample_density(posterior.log_density, positions, data=(x, y), **options)
+    draws = draws_in_memory(samples.draws)
+    status = chain_status(draws, samples.stats, options.get("thin", 1))
+    return Run(
+        posterior,
+        draws,
+        samples.stats,
+        x,
+        y,
+        tuple(status),
+        options.get("seed", 0),
+        members=positions,
+    )
+
+
+def scores(pooled: Pooled, y: np.ndarray, encoding: Encoding | None) -> dict[str, dict[str, float]]:
+    """Score a pooled predictive in both units.
+
+    Parameters
+    ----------
+    pooled : Pooled
+        With the log-density of ``y``.
+    y : array
+        Targets as the network sees them.
+    encoding : Encoding or None
+
+    Returns
+    -------
+    dict
+        "standardised" and "target": scores by name; the same for classes.
+    """
+    assert pooled.log_density is not None
+    if pooled.probabilities is not None:
+        found = metrics.classification_scores(y, pooled.probabilities, pooled.log_density)
+        return {"standardised": found, "target": found}
+    assert pooled.mean is not None and pooled.variance is not None and pooled.samples is not None
+    found = metrics.regression_scores(
+        y, pooled.mean, pooled.variance, pooled.samples, pooled.log_density
+    )
+    if encoding is None:
+        return {"standardised": found, "target": found}
+    scale = np.array([target.scale for target in encoding.targets])
+    # Densities change by the Jacobian, sum over targets of ln scale; centres cancel in all scores.
+    in_units = metrics.regression_scores(
+        np.asarray(y) * scale,
+        pooled.mean * scale,
+        pooled.variance * scale**2,
+        pooled.samples * scale,
+        pooled.log_density - np.log(scale).sum(),
+    )
+    return {"standardised": found, "target": in_units}
+
+
+def position_layout(posterior: Posterior) -> trees.Layout:
+    """Return the layout of one position, without computing one."""
+    return trees.layout(jax.eval_shape(posterior.init, jax.random.key(0)))
+
+
+def check_precision(config: Config) -> None:
+    """Raise InputError if JAX does not compute in the run's precision."""
+    wanted, enabled = config.run.precision, bool(jax.config.jax_enable_x64)
+    if (wanted == "float64") != enabled:
+        switch = "True" if wanted == "float64" else "False"
+        raise InputError(
+            f"run.precision: the run is in {wanted}, but JAX is not; begin with "
+            f'jax.config.update("jax_enable_x64", {switch})'
+        )
+
+
+def config_fingerprint(config: Config) -> str:
+    """Return a checksum of all settings."""
+    return hashlib.sha256(to_toml(config).encode()).hexdigest()
+
+
+def open_inputs(folder: Path, manifest: dict[str, Any]) -> tuple[Config, Dataset]:
+    """Read config and data set of a run folder, checked against the manifest.
+
+    Raises
+    ------
+    InputError
+        One of them is missing, damaged, or was changed after the run began.
+    """
+    config = read_config(folder / "config.toml")
+    advice = "put the original back, or start a new run with the changed one in another folder"
+    if config_fingerprint(config) != manifest["config"]:
+        raise InputError(
+            f"{folder / 'config.toml'}: changed since the run began; its draws would no longer fit "
+            f"it; {advice}"
+        )
+    dataset = load_dataset(folder)
+    if fingerprint(dataset) != manifest["data"]["fingerprint"]:
+        raise InputError(
+            f"{folder / 'data.npz'} or scaling.json: changed since the run began; {advice}"
+        )
+    return config, dataset
+
+
+def read_members(
+    folder: Path, manifest: dict[str, Any], of: trees.Layout
+) -> tuple[Any, np.ndarray]:
+    """Return the ensemble's weights (member, *leaf) and its validation losses (member,)."""
+    entry = manifest["ensemble"]
+    template = jax.tree.unflatten(
+        of.treedef,
+        [jax.ShapeDtypeStruct((1, *shape), jnp.result_type(float)) for shape in of.shapes],
+    )
+    positions = store.load_tree(folder / "ensemble" / "members.npz", template, entry["sha256"])
+    return positions, np.asarray(entry["validation_loss"])
+
+
+def stored_draws(folder: Path, manifest: dict[str, Any], of: trees.Layout) -> Draws:
+    """Return the committed draws of a run folder, read block by block."""
+    blocks = manifest["blocks"]
+
+    def read():
+        for arrays in store.read_blocks(folder / "draws", of.names, blocks):
+            leaves = [arrays[name] for name in of.names]
+            yield np.concatenate([a.reshape(*a.shape[:2], -1) for a in leaves], axis=-1)
+
+    return Draws(of, manifest["chains"], sum(block["count"] for block in blocks), read)
+
+
+def stored_stats(folder: Path, manifest: dict[str, Any]) -> dict[str, np.ndarray]:
+    """Return the committed statistics of a run folder, name -> (chain, draw)."""
+    names = manifest["statistics"]
+    blocks = list(store.read_blocks(folder / "stats", names, manifest["blocks"]))
+    return {name: np.concatenate([block[name] for block in blocks], axis=1) for name in names}
+
+
+def chain_status(draws: Draws, stats: dict[str, np.ndarray], thin: int) -> list[health.ChainStatus]:
+    """Return the status of every chain, from its draws and statistics alone."""
+    finite = np.ones(draws.chains, dtype=bool)
+    for block in draws.blocks():
+        finite &= np.isfinite(block).all(axis=(1, 2))
+    return health.chain_statuses(stats, finite, thin)

@@ -1,0 +1,212 @@
+"""What the command line prints when a run ends: read from the run folder, no JAX."""
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from bnnmcmc.metrics import LEVELS
+from bnnmcmc.progress import count, duration
+from bnnmcmc.store import read_manifest
+
+STAGES = {
+    "ensemble": "ensemble",
+    "warmup": "warm-up",
+    "sampling": "sampling",
+    "results": "scores and report",
+}
+COLUMNS = {
+    "best_member": "best member",
+    "ensemble": "deep ensemble",
+    "posterior": "posterior",
+}
+SCORES = {
+    "lppd": ("LPPD", "higher is better"),
+    "nll_gaussian": ("NLL (Gaussian)", "lower"),
+    "rmse": ("RMSE", "lower"),
+    "crps": ("CRPS", "lower"),
+    **{f"coverage_{level}": (f"coverage {level} %", f"near {level} %") for level in LEVELS},
+    "accuracy": ("accuracy", "higher"),
+    "brier": ("Brier score", "lower"),
+    "ece": ("calibration error", "lower"),
+}
+MAX_SENTENCES = 5
+
+
+def print_summary(console: Console, folder: Path) -> None:
+    """Print what was run, how long it took, the scores, the chains and where things are.
+
+    Parameters
+    ----------
+    console : Console
+    folder : Path
+        A run folder, finished or not.
+    """
+    manifest = read_manifest(folder)
+    data = manifest["data"]
+    classes = f" ({len(data['classes'])} classes)" if data["classes"] else ""
+    console.print()
+    console.rule(f"[bold]{escape(manifest['name'])}", align="left")
+    lines = {
+        "data": f"{data['name']}: {data['rows']} rows, {data['features']} features, "
+        f"{manifest['task']} of {', '.join(data['targets'])}{classes}",
+        "split": f"{data['train']} train, {data['validation']} validation, {data['test']} test; "
+        f"the posterior conditions on {_sampled_on(data)}",
+        "chains": f"{manifest['placement']}; {manifest['parameters']} parameters each",
+        "sampler": f"{manifest['kernel']}, {manifest['warmup']} warm-up steps, "
+        f"{_draws_done(manifest)} draws per chain"
+        + (f" (one every {manifest['thin']} steps)" if manifest["thin"] > 1 else ""),
+        "time": _times(manifest["seconds"]),
+    }
+    _print_pairs(console, lines)
+    for note in manifest["notes"]:
+        console.print(f"[yellow]note[/]      {escape(note)}", highlight=False)
+    _print_scores(console, folder)
+    _print_status(console, manifest["status"])
+    files = {
+        "report": str(folder / "report.html"),
+        "folder": str(folder),
+        "more": f"bnnmcmc resume {folder} --draws {manifest['draws']}",
+    }
+    console.print()
+    _print_pairs(console, {k: v for k, v in files.items() if k != "report" or Path(v).exists()})
+
+
+def print_diagnostics(console: Console, folder: Path) -> None:
+    """Print diagnostics.csv as a table, and the verdict.
+
+    Parameters
+    ----------
+    console : Console
+    folder : Path
+        A run folder with ``diagnostics.csv`` and ``diagnostics.json``.
+    """
+    with open(folder / "diagnostics.csv", newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    titles = {
+        "chain": "chain",
+        "status": "status",
+        "log_density": "log-density",
+        "log_density_drift": "drift (sd)",
+        "acceptance_rate": "acceptance",
+        "energy_error": "EEVPD",
+        "divergences": "divergent",
+        "step_size": "step size",
+        "ess_log_density": "ESS density",
+        "ess_function_median": "ESS predictions",
+        "rhat_function_median": "R-hat predictions",
+        "rhat_weights_max": "worst R-hat weights",
+    }
+    used = [name for name in titles if any(row.get(name) for row in rows)]
+    table = Table(title="Chains", title_justify="left", title_style="bold", box=None)
+    for name in used:
+        table.add_column(titles[name], justify="left" if name == "status" else "right")
+    for row in _readable(rows):
+        table.add_row(*(escape(_short(row[name])) for name in used))
+    console.print(table)
+    if len(rows) > len(_readable(rows)):
+        console.print(f"[dim]the worst of {len(rows)} chains; all are in diagnostics.csv[/]")
+    for sentence in json.loads((folder / "diagnostics.json").read_text())["verdict"]:
+        console.print(f"• {escape(sentence)}", highlight=False)
+    manifest = read_manifest(folder)
+    _print_status(console, manifest["status"])
+
+
+def _readable(rows: list[dict[str, str]], most: int = 30) -> list[dict[str, str]]:
+    """Return all rows, or of many the worst ten: not ok first, then by ESS of the predictions."""
+    if len(rows) <= most:
+        return rows
+
+    def badness(row):
+        return row["status"] == "ok", float(row.get("ess_function_median") or 0)
+
+    return sorted(rows, key=badness)[:10]
+
+
+def _short(cell: str) -> str:
+    try:
+        number = float(cell)
+    except ValueError:
+        return cell or "-"
+    return cell if number.is_integer() and abs(number) < 1e7 else f"{number:.4g}"
+
+
+def _print_pairs(console: Console, pairs: dict[str, str]) -> None:
+    for name, text in pairs.items():
+        console.print(f"[dim]{name:<9}[/] {escape(text)}", highlight=False, soft_wrap=True)
+
+
+def _sampled_on(data: dict[str, Any]) -> str:
+    if data["sampled_on"] == "train":
+        return f"the {data['train']} training rows"
+    return f"train + validation ({data['train'] + data['validation']} rows)"
+
+
+def _draws_done(manifest: dict[str, Any]) -> str:
+    done, planned = sum(b["count"] for b in manifest["blocks"]), manifest["draws"]
+    return f"{done}" if done == planned else f"{done} of {planned}"
+
+
+def _times(seconds: dict[str, float]) -> str:
+    parts = [f"{title} {duration(seconds[s])}" for s, title in STAGES.items() if s in seconds]
+    return f"{', '.join(parts)}; together {duration(sum(seconds.values()))}"
+
+
+def _print_scores(console: Console, folder: Path) -> None:
+    path = folder / "metrics.json"
+    if not path.is_file():
+        console.print("[dim]scores    [/]none: the run has no test part, or is not finished")
+        return
+    metrics = json.loads(path.read_text())
+    test, units = metrics["test"], metrics.get("test_target_units")
+    rows = [name for name in SCORES if name in test["posterior"]]
+    table = Table(
+        title=f"Scores on {metrics['rows']} held-out rows"
+        + (" (standardised target; in its own units below)" if units else ""),
+        title_justify="left",
+        title_style="bold",
+        box=None,
+        padding=(0, 2, 0, 0),
+    )
+    table.add_column("")
+    for name, title in COLUMNS.items():
+        table.add_column(title, justify="right", style="bold" if name == "posterior" else "")
+    table.add_column("", style="dim")
+    for name in rows:
+        table.add_row(
+            SCORES[name][0], *(_score(name, test[c][name]) for c in COLUMNS), SCORES[name][1]
+        )
+    if units:
+        table.add_section()
+        for name in ("lppd", "rmse", "crps"):
+            cells = (_score(name, units[c][name]) for c in COLUMNS)
+            table.add_row(f"{SCORES[name][0]}, units", *cells, "")
+    console.print()
+    console.print(table)
+
+
+def _score(name: str, value: float) -> str:
+    if name.startswith("coverage") or name == "accuracy":
+        return f"{100 * value:.1f} %"
+    return f"{value:.3f}" if abs(value) < 1000 else count(value)
+
+
+def _print_status(console: Console, status: list[dict[str, Any]]) -> None:
+    if not status:
+        return
+    ok = sum(chain["status"] == "ok" for chain in status)
+    color = "green" if ok == len(status) else "yellow"
+    console.print()
+    console.print(f"[{color}]{ok} of {len(status)} chains ok[/]", highlight=False)
+    others = [chain for chain in status if chain["status"] != "ok"]
+    for chain in others[:MAX_SENTENCES]:
+        console.print(
+            f"  chain {chain['chain']}: {chain['status']}: {escape(chain['sentence'])}",
+            highlight=False,
+        )
+    if len(others) > MAX_SENTENCES:
+        console.print(f"  and {len(others) - MAX_SENTENCES} more; see diagnostics.csv")

@@ -1,0 +1,359 @@
+"""One table of kernels, one contract; then what each kernel's options and tuning do."""
+
+import inspect
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from blackjax.diagnostics import effective_sample_size
+
+from bnnmcmc.errors import InputError
+from bnnmcmc.samplers.hmc import hmc
+from bnnmcmc.samplers.kernel import REDUCTIONS, Kernel
+from bnnmcmc.samplers.mclmc import mclmc
+from bnnmcmc.samplers.nuts import nuts
+from bnnmcmc.samplers.table import KERNELS, kernel_named
+
+VARIANCES = np.array([0.25, 1.0, 4.0], np.float32)
+WARMUP, STEPS = 150, 20
+each_kernel = pytest.mark.parametrize("name", sorted(KERNELS))
+
+
+def gaussian(x):
+    return -0.5 * jnp.sum(jnp.square(x) / VARIANCES.astype(x.dtype))
+
+
+def hole(x):
+    """Not a number beyond 0.5 in the first coordinate."""
+    return jnp.where(x[0] > 0.5, jnp.nan, gaussian(x))
+
+
+def chain(kernel: Kernel, density=gaussian, warmup=WARMUP, steps=STEPS):
+    """Return the function that runs one chain and keeps everything."""
+    rules = kernel.warmup(warmup)
+
+    def run(key, position):
+        start = kernel.init(jax.random.fold_in(key, 0), position, density)
+        warm_key, draw_key = jax.random.fold_in(key, 1), jax.random.fold_in(key, 2)
+
+        def warm(carry, t):
+            state, adaptation, info = rules.step(
+                jax.random.fold_in(warm_key, t), *carry, t, density
+            )
+            return (state, adaptation), (state, info, rules.finish(adaptation))
+
+        (state, adaptation), warming = jax.lax.scan(
+            warm, (start, rules.init(position)), jnp.arange(warmup)
+        )
+        params = rules.finish(adaptation)
+
+        def draw(state, t):
+            state, info = kernel.step(jax.random.fold_in(draw_key, t), state, params, density)
+            return state, (state, info)
+
+        _, drawing = jax.lax.scan(draw, state, jnp.arange(steps))
+        return start, warming, params, drawing
+
+    return run
+
+
+@pytest.fixture(scope="module", params=sorted(KERNELS))
+def compiled(request):
+    kernel = KERNELS[request.param]()
+    return kernel, jax.jit(chain(kernel))
+
+
+def leaves_of(tree):
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(tree)]
+
+
+def same(a, b):
+    return all(
+        np.array_equal(x, y, equal_nan=True)
+        for x, y in zip(leaves_of(a), leaves_of(b), strict=True)
+    )
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_contract(compiled, dtype):
+    kernel, run = compiled
+    assert kernel.name in KERNELS
+    with jax.enable_x64(dtype == "float64"):
+        position = jnp.full(3, 0.5, dtype)
+        start, (warm_states, _, warm_params), params, (states, infos) = run(
+            jax.random.key(3), position
+        )
+        for state, lead in ((start, ()), (warm_states, (WARMUP,)), (states, (STEPS,))):
+            assert {"position", "logdensity"} <= set(state._fields)
+            assert state.position.shape == (*lead, 3)
+            assert state.logdensity.shape == lead
+        assert jax.tree.structure(start) == jax.tree.structure(states)
+        floats = [a for a in leaves_of((start, states, params)) if a.dtype.kind == "f"]
+        assert floats
+        assert {a.dtype.name for a in floats} == {dtype}
+        for before, after in zip(leaves_of(start), leaves_of(states), strict=True):
+            assert (before.shape, before.dtype) == (after.shape[1:], after.dtype)
+
+        assert set(infos._fields) <= set(REDUCTIONS)
+        assert {"log_density", "diverging", "gradients", "step_size"} <= set(infos._fields)
+        assert all(np.shape(values) == (STEPS,) for values in infos)
+        np.testing.assert_allclose(
+            infos.log_density, jax.vmap(gaussian)(states.position), rtol=1e-5, atol=1e-6
+        )
+        if kernel.gradients_per_step is not None:
+            assert np.all(np.asarray(infos.gradients) == kernel.gradients_per_step)
+
+        # The warm-up may end after any step; what it knows then is usable.
+        for values in leaves_of(warm_params):
+            assert np.all(np.isfinite(values))
+            assert np.all(values > 0)
+        assert same(jax.tree.map(lambda a: a[-1], warm_params), params)
+
+        # It moved, and draws depend on the key alone.
+        assert len(np.unique(np.asarray(states.position)[:, 0])) > STEPS / 2
+        assert same(run(jax.random.key(3), position)[3], (states, infos))
+        assert not same(run(jax.random.key(4), position)[3], (states, infos))
+
+
+@each_kernel
+def test_vmap_and_map_agree(name):
+    run = chain(KERNELS[name](), warmup=0, steps=4)
+    keys = jax.random.split(jax.random.key(0), 3)
+    positions = jax.random.normal(jax.random.key(1), (3, 3))
+    together = jax.jit(jax.vmap(run))(keys, positions)
+    in_turn = jax.jit(lambda k, p: jax.lax.map(lambda one: run(*one), (k, p)))(keys, positions)
+    for a, b in zip(leaves_of(together), leaves_of(in_turn), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+@each_kernel
+def test_a_density_that_is_not_a_number_is_never_entered(name):
+    run = jax.jit(chain(KERNELS[name](), hole, steps=300))
+    _, (warm_states, warm_infos, _), params, (states, infos) = run(
+        jax.random.key(5), jnp.array([0.4, 0.0, 0.0])
+    )
+    assert np.isfinite(leaves_of(params)[0]).all()
+    for state in (warm_states, states):
+        assert np.all(np.isfinite(state.position))
+        assert np.all(np.isfinite(state.logdensity))
+        assert np.asarray(state.position)[:, 0].max() <= 0.5
+    for values in leaves_of((warm_infos, infos)):
+        assert np.all(np.isfinite(values))
+    assert np.sum(warm_infos.diverging) + np.sum(infos.diverging) > 0  # it was met
+    assert len(np.unique(np.asarray(states.position)[:, 1])) > 50  # and did not end the walk
+
+
+@pytest.mark.parametrize("name", ["hmc", "nuts"])
+def test_the_energy_is_that_of_the_state_kept(name):
+    """With a hopeless step size every proposal is turned down and the energy stays finite."""
+    kernel = KERNELS[name](initial_step_size=1e6)
+    _, _, _, (states, infos) = jax.jit(chain(kernel, warmup=0))(jax.random.key(0), jnp.ones(3))
+    assert np.all(np.asarray(states.position) == 1.0)
+    assert np.all(np.asarray(infos.acceptance_rate) == 0.0)
+    kinetic = np.asarray(infos.energy) + np.asarray(infos.log_density)
+    assert np.all((kinetic > 0) & (kinetic < 20))  # half a chi-square with 3 degrees of freedom
+
+
+OUT_OF_RANGE = [
+    ("mclmc", "integrator", "euler"),
+    ("mclmc", "energy_variance_start", 0.0),
+    ("mclmc", "energy_variance_end", -1.0),
+    ("mclmc", "initial_step_size", float("nan")),
+    ("nuts", "max_depth", 0),
+    ("nuts", "max_depth", 21),
+    ("nuts", "target_acceptance", 1.0),
+    ("nuts", "initial_step_size", 0.0),
+    ("hmc", "num_leapfrog", 0),
+    ("hmc", "jitter", 1.0),
+    ("hmc", "jitter", -0.1),
+    ("hmc", "target_acceptance", 0.0),
+    ("hmc", "initial_step_size", -1.0),
+]
+
+
+@pytest.mark.parametrize(("name", "option", "value"), OUT_OF_RANGE)
+def test_options_out_of_range(name, option, value):
+    with pytest.raises(InputError, match=rf"sampler\.{option}: found .*, expected"):
+        KERNELS[name](**{option: value})
+
+
+def test_every_option_has_a_range():
+    options = {(n, o) for n, build in KERNELS.items() for o in inspect.signature(build).parameters}
+    assert options == {(n, o) for n, o, _ in OUT_OF_RANGE}
+
+
+def test_kernels_by_name():
+    assert kernel_named("nuts").name == "nuts"
+    made = hmc(num_leapfrog=3)
+    assert kernel_named(made) is made
+    with pytest.raises(InputError, match="kernel: found 'gibbs', expected one of mclmc, nuts, hmc"):
+        kernel_named("gibbs")
+
+
+def test_mclmc_refuses_a_single_parameter():
+    with pytest.raises(InputError, match="at least 2 parameters"):
+        mclmc().init(jax.random.key(0), jnp.zeros(1), lambda x: -jnp.sum(x**2))
+
+
+def statistics(kernel, warmup=0, steps=200, seed=0):
+    """Return params, sampling info and warm-up info of one chain on the Gaussian."""
+    _, (_, warm, _), params, (_, infos) = jax.jit(chain(kernel, warmup=warmup, steps=steps))(
+        jax.random.key(seed), jnp.full(3, 0.5)
+    )
+    return params, jax.tree.map(np.asarray, infos), warm
+
+
+@each_kernel
+def test_initial_step_size(name):
+    params, infos, _ = statistics(KERNELS[name](initial_step_size=0.125), steps=2)
+    assert float(params.step_size) == 0.125
+    assert infos.step_size[0] == 0.125
+
+
+def test_hmc_length_and_jitter():
+    _, fixed, _ = statistics(hmc(num_leapfrog=7, jitter=0.0))
+    assert set(fixed.gradients) == {7}
+    assert hmc(num_leapfrog=7, jitter=0.0).gradients_per_step == 7
+    _, jittered, _ = statistics(hmc(num_leapfrog=7, jitter=0.3))
+    assert set(jittered.gradients) == {5, 6, 7, 8, 9}
+    assert hmc(num_leapfrog=7, jitter=0.3).gradients_per_step is None
+    _, single, _ = statistics(hmc(num_leapfrog=1, jitter=0.9), steps=20)
+    assert set(single.gradients) == {1}
+
+
+def test_nuts_depth():
+    _, shallow, _ = statistics(nuts(max_depth=2, initial_step_size=0.05), steps=50)
+    assert shallow.tree_depth.max() == 2
+    assert shallow.gradients.max() == 3
+    _, deep, _ = statistics(nuts(max_depth=8, initial_step_size=0.05), steps=50)
+    assert deep.tree_depth.max() > 4
+    assert np.all(deep.gradients <= 2.0**deep.tree_depth - 1)
+
+
+@pytest.mark.parametrize(("build", "target"), [(hmc, 0.7), (hmc, 0.95), (nuts, 0.85)])
+def test_window_adaptation_finds_target_and_metric(build, target):
+    params, infos, _ = statistics(build(target_acceptance=target), warmup=1000, steps=1000)
+    assert abs(infos.acceptance_rate.mean() - target) < 0.06
+    np.testing.assert_allclose(params.inverse_mass_matrix, VARIANCES, rtol=0.35)
+
+
+def test_window_adaptation_is_stans_schedule():
+    """The metric changes at the ends of the windows of 25, 50, ..., and nowhere else."""
+    run = jax.jit(chain(hmc(num_leapfrog=3), warmup=300, steps=1))
+    _, (_, _, params), _, _ = run(jax.random.key(0), jnp.full(3, 0.5))
+    metric = np.asarray(params.inverse_mass_matrix)
+    changes = np.flatnonzero(np.any(metric[1:] != metric[:-1], axis=1)) + 1
+    # 75 fast; windows of 25 and (50 stretched to) 150; 50 fast.
+    np.testing.assert_array_equal(changes, [99, 249])
+    # The step size restarts from its average there: the same value, aimed higher again.
+    steps = np.asarray(params.step_size)
+    assert abs(np.log(steps[250] / steps[248])) < 1.0
+
+
+def test_mclmc_integrators_cost_what_they_say():
+    for integrator, gradients in (("leapfrog", 1), ("minimal_norm", 2)):
+        counted = []
+
+        def counting(x, counted=counted):
+            counted.append(1)
+            return gaussian(x)
+
+        kernel = mclmc(integrator)
+        state = kernel.init(jax.random.key(0), jnp.ones(3), gaussian)
+        params = kernel.warmup(0).finish(kernel.warmup(0).init(jnp.ones(3)))
+        _, info = kernel.step(jax.random.key(1), state, params, counting)
+        assert kernel.gradients_per_step == int(info.gradients) == gradients == len(counted)
+
+
+@pytest.mark.parametrize("end", [0.5, 0.01])
+def test_mclmc_reaches_the_wanted_energy_variance(end):
+    _, infos, _ = statistics(mclmc(energy_variance_end=end), warmup=2000, steps=4000)
+    assert end / 2.5 < infos.energy_error_squared.mean() < end * 2.5
+
+
+def test_mclmc_starts_hot():
+    _, _, hot = statistics(mclmc(energy_variance_start=5.0), warmup=500, steps=1)
+    _, _, cold = statistics(mclmc(energy_variance_start=0.05), warmup=500, steps=1)
+    assert np.mean(hot.step_size[:250]) > 1.3 * np.mean(cold.step_size[:250])
+
+
+def test_mile_tuning_follows_the_published_rules():
+    """Replay the warm-up in NumPy from its energy errors and positions alone."""
+    n, start, end, first, d = 600, 5.0, 0.05, 0.005, 3
+    kernel = mclmc(energy_variance_start=start, energy_variance_end=end, initial_step_size=first)
+    _, (states, infos, _), params, _ = jax.jit(chain(kernel, warmup=n, steps=1))(
+        jax.random.key(2), jnp.full(d, 0.5)
+    )
+    infos = jax.tree.map(lambda a: np.asarray(a, np.float64), infos)
+    positions = np.asarray(states.position, np.float64)
+    assert not infos.diverging.any()
+
+    tune, moments = 480, 540  # ends of the first and second phase
+    wanted = np.linspace(start, end, moments)
+    xi = infos.energy_error_squared[:moments] / wanted + 1e-8
+    weight = np.exp(-((np.log(xi) / 9.0) ** 2) / 2)
+    epsilon, error, total = [first], 0.0, 0.0
+    for t in range(moments):
+        error = 99 / 101 * error + weight[t] * xi[t] / epsilon[t] ** 6
+        total = 99 / 101 * total + weight[t]
+        epsilon.append((error / total) ** (-1 / 6))
+    np.testing.assert_allclose(infos.step_size[:moments], epsilon[:moments], rtol=2e-3)
+    np.testing.assert_allclose(infos.step_size[moments:], epsilon[moments], rtol=2e-3)
+
+    np.testing.assert_array_equal(infos.decoherence_length[:moments], 15.0)  # max(sqrt d, 15)
+    w = infos.step_size[tune:moments]
+    mean = np.average(positions[tune:moments], axis=0, weights=w)
+    variance = np.average((positions[tune:moments] - mean) ** 2, axis=0, weights=w)
+    np.testing.assert_allclose(
+        infos.decoherence_length[moments:], np.sqrt(variance.sum()), rtol=1e-4
+    )
+    ess = np.asarray(effective_sample_size(positions[None, moments:]))
+    length = 0.4 * epsilon[moments] * np.mean((n - moments) / ess)
+    np.testing.assert_allclose(params.decoherence_length, length, rtol=5e-3)
+    np.testing.assert_allclose(params.step_size, epsilon[moments], rtol=2e-3)
+
+
+def test_mclmc_cut_short_hands_over_a_step_size_for_the_final_energy_variance():
+    kernel = mclmc(energy_variance_start=5.0, energy_variance_end=0.05)
+    _, (_, _, params), _, _ = jax.jit(chain(kernel, warmup=2000, steps=1))(
+        jax.random.key(0), jnp.full(3, 0.5)
+    )
+    early, full = np.asarray(params.step_size)[[500, -1]]
+    assert 0.7 < early / full < 1.4  # taken as it was, it would be 2.1 times as long
+
+
+def test_mclmc_step_size_recovers_from_far_too_large_and_far_too_small():
+    for first in (1e-7, 1e4):
+        params, _, _ = statistics(mclmc(initial_step_size=first), warmup=1000, steps=1)
+        assert 0.05 < float(params.step_size) < 5.0
+
+
+def test_mclmc_survives_energy_errors_too_large_to_square():
+    def cliff(x):
+        return jnp.where(x[0] > 0.5, -1e25 * x[0], gaussian(x))
+
+    run = jax.jit(chain(mclmc(), cliff))
+    _, (states, _, finished), _, _ = run(jax.random.key(1), jnp.array([0.4, 0.0, 0.0]))
+    assert np.all(np.isfinite(states.position))
+    assert np.all(np.isfinite(finished.step_size))
+    assert np.all(np.asarray(finished.step_size) > 0)
+
+
+@pytest.mark.parametrize("warmup", [1, 2, 5, 9, 20])
+def test_mclmc_short_warm_ups_leave_the_decoherence_length_alone(warmup):
+    params, _, _ = statistics(mclmc(), warmup=warmup, steps=1)
+    assert float(params.decoherence_length) == 15.0
+
+
+def test_mclmc_moments_do_not_lose_digits_far_from_zero():
+    def far(x):
+        return gaussian(x - 1000.0)
+
+    kernel = mclmc()
+    rules = kernel.warmup(600)
+    _, (_, infos, _), _, _ = jax.jit(chain(kernel, far, warmup=600, steps=1))(
+        jax.random.key(0), jnp.full(3, 1000.0)
+    )
+    assert rules is not None
+    assert 0.5 < infos.decoherence_length[545] < 5.0

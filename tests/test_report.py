@@ -1,0 +1,586 @@
+import base64
+import csv
+import json
+import re
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+import tomli_w
+
+from bnnmcmc.errors import InputError
+from bnnmcmc.report.page import read_run, write_report
+from bnnmcmc.store import append, create_arrays, write_arrays, write_json
+
+VOID = {"meta", "br", "hr", "img", "input", "link"}
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)
+
+
+def make_run(
+    folder,
+    *,
+    task="regression",
+    stage="done",
+    chains=4,
+    draws=60,
+    planned=60,
+    rows=89,
+    targets=("progression",),
+    name="diabetes",
+    status=None,
+    stopped=None,
+    seed=0,
+):
+    """Write a run folder as the pipeline does, up to a stage; status: chain -> (word, sentence)."""
+    rng = np.random.default_rng(seed)
+    stages = ("ensemble", "warmup", "sampling", "results", "done")
+    reached = stages.index(stage)
+    folder.mkdir(parents=True)
+    status = status or {}
+    words = [status.get(c, ("ok", "the chain moved and stayed finite")) for c in range(chains)]
+    classes = ["benign", "malignant"] if task == "classification" else None
+    manifest = {
+        "schema": 1,
+        "bnnmcmc": "0.1.0",
+        "versions": {"jax": "0.12.0", "blackjax": "1.7.1"},
+        "name": name,
+        "created": "2026-11-24T20:00:00+00:00",
+        "command": f"bnnmcmc run experiments/{name}.toml",
+        "seed": 7,
+        "devices": {"platform": "cpu", "count": 2, "kind": "cpu"},
+        "placement": f"{chains} chains on 2 CPU cores, {chains // 2} each, one after the other",
+        "stage": stage,
+        "stopped": stopped,
+        "chains": chains,
+        "draws": planned,
+        "warmup": 5000,
+        "thin": 10,
+        "parameters": 963,
+        "kernel": "mclmc",
+        "task": task,
+        "data": {
+            "name": f"sklearn:{name}",
+            "rows": 442,
+            "features": 10,
+            "train": 309,
+            "validation": 44,
+            "test": rows,
+            "sampled_on": "train+validation",
+            "targets": list(targets),
+            "classes": classes,
+        },
+        "blocks": [],
+        "status": [],
+        "seconds": {"compile": 8.1, "ensemble": 4.2},
+    }
+    config = {
+        "data": {"source": f"sklearn:{name}"},
+        "model": {"hidden": [16, 16], "activation": "silu"},
+        "prior": {"family": "normal", "scale": 1.0},
+        "sampler": {"kernel": "mclmc", "warmup": 5000, "draws": planned, "thin": 10},
+    }
+    (folder / "config.toml").write_text(tomli_w.dumps(config))
+    if reached >= 1:
+        write_arrays(folder / "ensemble" / "history.npz", training_history(rng, chains))
+    if reached >= 2:
+        t = np.linspace(0, 1, 200)
+        noise = np.cumsum(rng.normal(0, 0.02, (chains, 200)), axis=1)
+        step_size = 0.012 * np.exp(1.5 * (1 - t) * np.sin(9 * t) + noise * (1 - t))
+        write_arrays(folder / "warmup.npz", {"step_size": step_size})
+        manifest["seconds"]["warmup"] = 31.4
+        trace = 700 + np.cumsum(rng.normal(0, 1.5, (chains, planned)), axis=1)
+        trace += 12 * rng.normal(0, 1, (chains, planned))
+        for chain, (word, _) in status.items():
+            trace[chain] = np.nan if word == "nonfinite" else -5e4
+        create_arrays(
+            folder / "stats", {"log_density": ()}, {"log_density": "float32"}, chains, planned
+        )
+        append(folder / "stats", 0, {"log_density": trace[:, :draws].astype(np.float32)})
+        manifest["blocks"] = [
+            {"start": 0, "count": draws // 3},
+            {"start": draws // 3, "count": draws - draws // 3},
+        ]
+    if reached >= 3:
+        manifest["seconds"]["sampling"] = 44.0
+        manifest["status"] = [
+            {"chain": c, "status": w, "sentence": s} for c, (w, s) in enumerate(words)
+        ]
+    if reached >= 4:
+        manifest["seconds"]["results"] = 3.3
+        write_diagnostics(folder, rng, words, draws)
+        results = write_regression if task == "regression" else write_classification
+        results(folder, rng, rows, targets if task == "regression" else classes, chains)
+    write_json(folder / "manifest.json", manifest)
+    return folder
+
+
+def training_history(rng, members):
+    epochs = rng.integers(180, 420, members)
+    history = np.full((members, 500, 2), np.nan)
+    for m, stop in enumerate(epochs):
+        e = np.arange(stop)
+        fall = 2.5 * np.exp(-e / 15)
+        history[m, :stop, 0] = 0.6 + fall - 0.0008 * e + 0.03 * rng.normal(size=stop)
+        history[m, :stop, 1] = 0.75 + fall + 8e-6 * (e - 120) ** 2 + 0.02 * rng.normal(size=stop)
+    best = np.nanargmin(history[:, :, 1], axis=1)
+    return {
+        "history": history,
+        "epochs": epochs,
+        "best_epoch": best,
+        "validation_loss": history[np.arange(members), best, 1],
+    }
+
+
+def write_diagnostics(folder, rng, words, draws):
+    rows = [
+        {
+            "chain": chain,
+            "status": word,
+            "sentence": sentence,
+            "draws": draws,
+            "log_density": round(700 + rng.normal(0, 9), 3) if word != "nonfinite" else "nan",
+            "log_density_drift": round(rng.normal(0, 0.4), 3),
+            "acceptance_rate": "",
+            "energy_error": round(rng.gamma(5, 0.01), 5),
+            "divergences": 0 if word == "ok" else 14,
+            "tree_depth_max": "",
+            "step_size": round(0.012 + rng.normal(0, 0.001), 5),
+            "gradients": 10 * draws,
+            "ess_log_density": round(rng.uniform(10, 60), 1),
+            "ess_function_median": round(rng.uniform(60, 300), 1),
+            "ess_function_min": round(rng.uniform(5, 30), 1),
+            "rhat_function_median": round(1 + rng.gamma(2, 0.01), 4),
+            "rhat_function_max": round(1.02 + rng.gamma(2, 0.05), 4),
+            "rhat_weights_max": round(1.2 + rng.gamma(2, 0.3), 4),
+            "rhat_log_density": round(1 + rng.gamma(2, 0.05), 4),
+        }
+        for chain, (word, sentence) in enumerate(words)
+    ]
+    with open(folder / "diagnostics.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    write_json(
+        folder / "diagnostics.json",
+        {
+            "rhat_function_across_median": 1.03,
+            "rhat_function_across_max": 1.21,
+            "ess_function_total_median": 812.0,
+            "verdict": ["The chains agree on the predictions (median R-hat 1.03)."],
+        },
+    )
+
+
+def write_metrics(folder, test, units, rows, chains):
+    metrics = {"test": test, "rows": rows, "best_member": 3, "chains_pooled": list(range(chains))}
+    if units:
+        metrics["test_target_units"] = units
+    write_json(folder / "metrics.json", metrics)
+
+
+def write_regression(folder, rng, rows, targets, chains):
+    y = 150 + 75 * rng.normal(size=(rows, len(targets)))
+    sd = np.full_like(y, 55.0)
+    mean = y + sd * rng.normal(size=y.shape)
+    levels = np.array([0.025, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.975])
+    z = np.array([-1.96, -1.645, -1.282, -0.674, 0, 0.674, 1.282, 1.645, 1.96])
+    arrays = {
+        "row": np.arange(rows),
+        "y": y,
+        "mean": mean,
+        "sd": sd,
+        "epistemic_sd": sd / 3,
+        "levels": levels,
+        "quantiles": mean + z[:, None, None] * sd,
+    }
+    write_arrays(folder / "predictions.npz", arrays)
+    test = {
+        name: {
+            "lppd": lppd,
+            "nll_gaussian": -lppd - 0.01,
+            "rmse": rmse,
+            "crps": 0.55 * rmse,
+            "coverage_50": 0.50 - narrow,
+            "coverage_80": 0.81 - narrow,
+            "coverage_90": 0.91 - narrow,
+            "coverage_95": 0.96 - narrow / 2,
+        }
+        for name, lppd, rmse, narrow in (
+            ("best_member", -1.3214, 0.7512, 0.18),
+            ("ensemble", -1.1302, 0.7201, 0.07),
+            ("posterior", -1.0521, 0.7034, 0.01),
+        )
+    }
+    units = {
+        name: {
+            **s,
+            "lppd": s["lppd"] - 4.34,
+            "nll_gaussian": s["nll_gaussian"] + 4.34,
+            "rmse": 77 * s["rmse"],
+            "crps": 77 * s["crps"],
+        }
+        for name, s in test.items()
+    }
+    write_metrics(folder, test, units, rows, chains)
+
+
+def write_classification(folder, rng, rows, classes, chains):
+    p = rng.beta(0.5, 0.5, rows)
+    y = (rng.uniform(size=rows) < p).astype(int)
+    arrays = {
+        "row": np.arange(rows),
+        "y": y,
+        "probabilities": np.stack([1 - p, p], axis=1),
+        "classes": np.array(classes),
+    }
+    write_arrays(folder / "predictions.npz", arrays)
+    test = {
+        name: {"lppd": lppd, "accuracy": 0.93, "brier": 0.1 - lppd / 10, "ece": 0.04}
+        for name, lppd in (("best_member", -0.31), ("ensemble", -0.22), ("posterior", -0.25))
+    }
+    write_metrics(folder, test, None, rows, chains)
+
+
+def change(path, **entries):
+    write_json(path, {**json.loads(path.read_text()), **entries})
+
+
+class Page(HTMLParser):
+    """Reads a page; fails on tags that do not match, keeps text, attributes and tables' rows."""
+
+    def __init__(self, html):
+        super().__init__()
+        self.open, self.attributes, self.ids, self.rows, self.texts = [], [], [], [], []
+        self.tags, self.marks = [], []
+        self.feed(html)
+        self.close()
+        assert self.open == []
+
+    def handle_startendtag(self, tag, attributes):
+        self.handle_starttag(tag, attributes, closed=True)
+
+    def handle_starttag(self, tag, attributes, closed=False):
+        self.tags.append(tag)
+        self.attributes += [(tag, *pair) for pair in attributes]
+        self.ids += [value for name, value in attributes if name == "id"]
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+            self.marks.append((len(self.rows) - 1, dict(attributes).get("class") or ""))
+        if not closed and tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open, f"</{tag}> closes nothing"
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] in ("style", "script"):
+            return
+        self.texts.append(data)
+        if "td" in self.open or "th" in self.open:
+            self.rows[-1][-1] += data
+
+    @property
+    def text(self):
+        return re.sub(r"\s+", " ", "".join(self.texts))
+
+    def row(self, start):
+        return next(r for r in self.rows if r and r[0].strip().startswith(start))
+
+    def captions(self):
+        return [value for _, name, value in self.attributes if name == "aria-label"]
+
+
+def read(folder):
+    path = write_report(folder)
+    assert path == folder / "report.html"
+    return Page(path.read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    return make_run(tmp_path_factory.mktemp("runs") / "diabetes")
+
+
+@pytest.fixture(scope="module")
+def page(finished):
+    return read(finished)
+
+
+def test_verdict_compares_the_posterior(page):
+    assert "scores an LPPD of −1.052 on 89 test rows" in page.text
+    assert "0.0781 nats per row better than the deep ensemble" in page.text
+    assert "0.2693 nats per row better than the best member" in page.text
+    assert "50 / 80 / 90 / 95 % intervals cover 49.0 / 80.0 / 90.0 / 95.5 %" in page.text
+    assert "cover what they promise" in page.text
+    assert "All 4 chains are ok. The scores pool all 4 chains." in page.text
+    assert "The chains agree on the predictions (median R-hat 1.03)." in page.text
+    assert "Missing" not in page.text
+    assert "Unfinished" not in page.text
+
+
+def test_scores_table(page, finished):
+    rows = {r[0].split("  ")[0].strip(): r[1:] for r in page.rows}
+    assert page.row("LPPD")[1:] == ["−1.321", "−1.130", "−1.052"]
+    assert rows["LPPD ↑ higher is better"]  # target units come second
+    assert [r for r in page.rows if r[0].startswith("RMSE")] == [
+        ["RMSE ↓ lower is better", "0.7512", "0.7201", "0.7034"],
+        ["RMSE ↓ lower is better", "57.84", "55.45", "54.16"],
+    ]
+    assert page.row("90 % intervals") == [
+        "90 % intervals → 90 % is right",
+        "73.0 %",
+        "84.0 %",
+        "90.0 %",
+    ]
+    html = (finished / "report.html").read_text()
+    assert '<td class="best">−1.052</td>' in html
+    assert '<td class="best">90.0 %</td>' in html
+    assert '<td class="best">−1.130</td>' not in html
+
+
+def test_run_is_described(page):
+    for text in (
+        "442 rows, 10 features",
+        "train 309, validation 44, test 89; posterior sampled on train+validation",
+        "24 November 2026, 20:00 UTC",
+        "963",
+        "bnnmcmc 0.1.0, jax 0.12.0, blackjax 1.7.1",
+        "warm-up 31.4 s",
+        "4 chains on 2 CPU cores, 2 each, one after the other",
+        "bnnmcmc run experiments/diabetes.toml",
+        'activation = "silu"',
+        "[prior]",
+    ):
+        assert text in page.text
+
+
+def test_figures_have_takeaway_and_alt(page, finished):
+    assert page.tags.count("figure") == page.tags.count("figcaption") == 5
+    captions = page.captions()
+    assert len(captions) == 5
+    assert all(len(caption) > 40 for caption in captions)
+    found = np.load(finished / "predictions.npz")
+    low, high = found["quantiles"][1, :, 0], found["quantiles"][7, :, 0]
+    inside = int(np.sum((low <= found["y"][:, 0]) & (found["y"][:, 0] <= high)))
+    assert f"{inside} of 89 test rows" in page.text
+    last = np.load(finished / "warmup.npz")["step_size"][:, -1]
+    assert f"end at {np.median(last):.4g} (median" in page.text
+
+
+def test_committed_draws_only(tmp_path):
+    folder = make_run(tmp_path / "run", stage="sampling", draws=30, planned=90)
+    trace = read_run(folder).log_density
+    assert trace.shape == (4, 30)
+    assert np.isfinite(trace).all()
+
+
+@pytest.mark.parametrize("task", ["regression", "classification"])
+def test_one_file_that_loads_nothing(tmp_path, task):
+    folder = make_run(tmp_path / "run", task=task)
+    page = read(folder)
+    html = (folder / "report.html").read_text()
+    assert "://" not in html
+    assert not {"link", "img", "iframe", "object"} & set(page.tags)
+    assert not [v for _, name, v in page.attributes if name in ("src", "srcset")]
+    links = [v for _, name, v in page.attributes if name in ("href", "xlink:href")]
+    links += re.findall(r"url\(([^)]*)\)", html)
+    assert links
+    for link in links:
+        assert link.startswith("data:image/png;base64,") or link[1:] in page.ids
+    assert len(page.ids) == len(set(page.ids))
+    assert sorted(p.name for p in folder.glob("*.tmp")) == []
+
+
+def test_same_folder_same_bytes(finished, page):
+    before = (finished / "report.html").read_bytes()
+    assert write_report(finished).read_bytes() == before
+
+
+def test_classification(tmp_path):
+    page = read(make_run(tmp_path / "run", task="classification", name="breast_cancer"))
+    assert "0.03 nats per row worse than the deep ensemble" in page.text
+    assert "0.06 nats per row better than the best member" in page.text
+    assert page.row("Accuracy") == ["Accuracy ↑ higher is better", "0.9300", "0.9300", "0.9300"]
+    assert "expected calibration error of the posterior is 4.0 %" in page.text
+    assert "Reliability" in page.text
+    assert "benign, malignant" in page.text
+    assert "intervals" not in page.text
+
+
+def test_miscalibrated_intervals_are_said(tmp_path):
+    folder = make_run(tmp_path / "run")
+    metrics = json.loads((folder / "metrics.json").read_text())
+    metrics["test"]["posterior"].update(coverage_50=0.7, coverage_90=0.8)
+    write_json(folder / "metrics.json", metrics)
+    page = read(folder)
+    assert "too narrow at 90 % and too wide at 50 %" in page.text
+    assert "cover what they promise" not in page.text
+
+
+def test_a_score_that_is_not_finite_is_shown(tmp_path):
+    folder = make_run(tmp_path / "run")
+    metrics = json.loads((folder / "metrics.json").read_text())
+    metrics["test"]["posterior"]["lppd"] = float("nan")
+    write_json(folder / "metrics.json", metrics)
+    page = read(folder)
+    assert page.row("LPPD")[1:] == ["−1.321", "−1.130", "NaN"]
+    assert "cannot be scored" in page.text
+    assert '<td class="best">−1.130</td>' in (folder / "report.html").read_text()
+
+
+@pytest.mark.parametrize("stage", ["ensemble", "warmup", "sampling", "results"])
+def test_unfinished_run_says_what_is_missing(tmp_path, stage):
+    folder = make_run(
+        tmp_path / "run", stage=stage, draws=30, planned=90, stopped="interrupted", chains=3
+    )
+    page = read(folder)
+    assert "Unfinished" in page.text
+    assert "(interrupted)" in page.text
+    assert f"To go on: bnnmcmc resume {folder}" in page.text
+    assert "metrics.json (scores)" in page.text
+    assert ("warmup.npz" in page.text) == (stage in ("ensemble", "warmup"))
+    assert ("30 of 90 draws per chain on disk" in page.text) == (stage in ("sampling", "results"))
+    assert page.tags.count("figure") == {"ensemble": 0, "warmup": 1}.get(stage, 3)
+
+
+def test_time_budget_is_said_although_done(tmp_path):
+    page = read(make_run(tmp_path / "run", draws=30, planned=90, stopped="time budget"))
+    assert "Stopped early (time budget)" in page.text
+    assert "30 of 90 draws per chain" in page.text
+
+
+def test_failed_chains(tmp_path):
+    status = {1: ("stuck", "It never moved."), 2: ("nonfinite", "It left the finite numbers.")}
+    folder = make_run(tmp_path / "run", status=status)
+    change(folder / "metrics.json", chains_pooled=[0, 3])
+    page = read(folder)
+    assert (
+        "2 of 4 chains not ok (1 nonfinite, 1 stuck). The scores pool 2 of 4 chains." in page.text
+    )
+    assert "Chain 1: It never moved." in page.text
+    assert "1 chain with a log-density that is not finite (2)" in page.text
+    assert "Outside the figure: chains 1, 2." in page.text
+    row = page.row("2")
+    assert row[1] == "nonfinite"
+    assert "NaN" in row
+    assert "14" in row
+    assert "Chain 2: It left the finite numbers." in page.text.split("What the columns mean")[0]
+
+
+def test_empty_and_constant_columns_are_left_out(page):
+    heads = next(r for r in page.rows if r[0] == "chain")
+    assert "max R-hat predictions" in heads
+    assert "accepted" not in heads
+    assert "max depth" not in heads
+    assert "divergences" not in heads
+    assert "The same in all chains: draws 60, divergences 0, gradients 600." in page.text
+
+
+def test_broken_files_are_named(tmp_path):
+    folder = make_run(tmp_path / "run")
+    (folder / "predictions.npz").write_bytes(b"PK\x03\x04 cut short")
+    (folder / "metrics.json").write_text("{")
+    (folder / "diagnostics.csv").write_text("chain,status,sentence,draws\n0,ok,,many\n")
+    write_arrays(folder / "ensemble" / "history.npz", {"history": np.zeros((3, 5))})
+    page = read(folder)
+    assert "predictions.npz (test predictions; damaged" in page.text
+    assert "metrics.json (scores; damaged" in page.text
+    assert "diagnostics.csv (diagnostics per chain; damaged" in page.text
+    assert "ensemble/history.npz does not hold what it should" in page.text
+    assert page.tags.count("figure") == 2
+
+
+def test_not_a_run_folder(tmp_path):
+    with pytest.raises(InputError, match="manifest"):
+        write_report(tmp_path)
+
+
+def test_hostile_names(tmp_path):
+    targets = ("<script>alert(1)</script>", "price $ in $^{", '"><img src=x>', "质量 #2f7fb5")
+    folder = make_run(tmp_path / "run", targets=targets, name="<b>&amp;</b>")
+    change(folder / "manifest.json", command="bnnmcmc run 'a<b>.toml' --set x=\"&lt;\"")
+    page = read(folder)
+    assert page.tags.count("script") == 1
+    assert "img" not in page.tags
+    assert "<b>&amp;</b>" in page.text
+    for target in targets:
+        assert f"predicted {target}" in page.text
+        assert f"Predicted against observed: {target}" in page.text
+    assert "bnnmcmc run 'a<b>.toml' --set x=\"&lt;\"" in page.text
+
+
+def test_a_thousand_chains(tmp_path):
+    status = {c: ("diverging", f"chain {c} diverged") for c in range(100, 112)}
+    folder = make_run(tmp_path / "run", chains=1000, draws=150, planned=150, status=status)
+    page = read(folder)
+    assert (folder / "report.html").stat().st_size < 1_000_000
+    assert "12 of 1,000 chains not ok (12 diverging)" in page.text
+    listed = [r for r in page.rows if r[1:2] == ["diverging"]]
+    assert len(listed) == 10
+    assert not [r for r in page.rows if r[1:2] == ["ok"]]
+    quantiles = page.row("max R-hat predictions")
+    with open(folder / "diagnostics.csv", newline="") as file:
+        values = [float(row["rhat_function_max"]) for row in csv.DictReader(file)]
+    assert quantiles[3] == f"{np.median(values):.3f}"
+    assert quantiles[6:] == ["0", "0"]
+
+
+def test_many_rows_and_draws_stay_small(tmp_path):
+    folder = make_run(tmp_path / "run", rows=30_000, chains=20, draws=3000, planned=3000)
+    read(folder)
+    html = (folder / "report.html").read_text()
+    assert len(html) < 5_000_000
+    images = re.findall(r'href="data:image/png;base64,([^"]*)"', html)
+    assert len(images) >= 2
+    assert base64.b64decode(images[0]).startswith(b"\x89PNG")
+
+
+def test_imports_no_jax():
+    code = "import sys, bnnmcmc.report.page; sys.exit('jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium here")
+def test_browser_sorts_and_loads_without_complaint(finished, page, tmp_path):
+    # The page is changed to click a heading twice and to write the order it finds into its title.
+    html = (finished / "report.html").read_text()
+    click = """<script>
+    const head = [...document.querySelectorAll("table.sortable th")]
+      .find((h) => h.textContent === "max R-hat predictions");
+    const column = head.cellIndex, table = head.closest("table");
+    const values = () => [...table.tBodies[0].rows].map((r) => r.cells[column].textContent);
+    head.querySelector("button").click(); const up = values();
+    head.querySelector("button").click();
+    document.title = JSON.stringify([up, values(), head.getAttribute("aria-sort")]);
+    </script></body>"""
+    changed = tmp_path / "page.html"
+    changed.write_text(html.replace("</body>", click))
+    shown = subprocess.run(
+        [
+            CHROMIUM,
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            f"--user-data-dir={tmp_path / 'profile'}",
+            "--enable-logging=stderr",
+            "--dump-dom",
+            changed.as_uri(),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    complaints = [line for line in shown.stderr.splitlines() if ":CONSOLE" in line]
+    assert complaints == []
+    up, down, order = json.loads(re.search(r"<title>(.*?)</title>", shown.stdout)[1])
+    assert [float(v) for v in up] == sorted(float(v) for v in up)
+    assert down == up[::-1]
+    assert up[0] != up[-1]
+    assert order == "descending"
