@@ -72,7 +72,7 @@ _HOMES = {
     "use_all_cores": "placement.use_all_cores",
 }
 
-__all__ = list(_HOMES)  # noqa: PLE0605
+__all__ = list(_HOMES)
 
 
 def __getattr__(name: str) -> Any:

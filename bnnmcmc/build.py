@@ -1,4 +1,4 @@
-"""From a config to the objects it describes: data set, posterior, kernel, optimiser, placement."""
+"""From a config to the objects it describes: posterior, kernel, optimiser, placement."""
 
 import importlib
 import os
@@ -11,7 +11,7 @@ import optax
 
 from bnnmcmc import likelihoods, priors
 from bnnmcmc.config import Config, LeafPriorConfig
-from bnnmcmc.data import Dataset, Encoding, Split, Table, prepare
+from bnnmcmc.data import Dataset, Encoding
 from bnnmcmc.ensemble import make_optimiser
 from bnnmcmc.errors import InputError
 from bnnmcmc.models.mlp import mlp
@@ -20,27 +20,6 @@ from bnnmcmc.placement import Placement, place
 from bnnmcmc.posterior import Posterior
 from bnnmcmc.samplers.kernel import Kernel
 from bnnmcmc.samplers.table import KERNELS
-
-
-def make_dataset(config: Config, table: Table) -> Dataset:
-    """Split, encode and scale a table as the config says.
-
-    Raises
-    ------
-    InputError
-        See `bnnmcmc.data.prepare`.
-    """
-    data = config.data
-    return prepare(
-        table,
-        task=config.task,
-        target=data.target,
-        features=data.features,
-        drop=data.drop,
-        categorical=data.categorical,
-        split=Split(**data.split.model_dump()),
-        batch_size=config.ensemble.batch_size or None,
-    )
 
 
 def make_likelihood(config: Config, encoding: Encoding) -> likelihoods.Likelihood:
@@ -61,8 +40,8 @@ def make_likelihood(config: Config, encoding: Encoding) -> likelihoods.Likelihoo
             classes = encoding.classes or ()
             if len(classes) != 2:
                 raise InputError(
-                    f"likelihood.kind: 'bernoulli' is for two classes, but {encoding.targets[0].name!r} "
-                    f"has {len(classes)}; use 'categorical'"
+                    f"likelihood.kind: 'bernoulli' is for two classes, but the target "
+                    f"{encoding.targets[0].name!r} has {len(classes)}; use 'categorical'"
                 )
             return likelihoods.bernoulli()
 

@@ -1,6 +1,5 @@
 """The command line. JAX loads only in the commands that compute."""
 
-import os
 import re
 import shlex
 import sys
@@ -76,13 +75,11 @@ def check(config: Path, *, set: Set = None):
     config
         The experiment file.
     """
-    experiment, table = _experiment(config, set)
-    from bnnmcmc.build import make_dataset
+    experiment, dataset = _experiment(config, set)
     from bnnmcmc.pipeline import check_model
     from bnnmcmc.preflight import estimate, print_estimate
 
-    with _console(False).status("checking data, model and density"):
-        dataset = make_dataset(experiment, table)
+    with _console(False).status("checking model and density"):
         posterior, placement = check_model(experiment, dataset)
     with _console(False).status("measuring one epoch and one gradient"):
         cost = estimate(experiment, dataset, posterior, placement)
@@ -108,13 +105,13 @@ def run(
         The run folder, which must be new; by default runs/NAME, runs/NAME-2, ...
     """
     budget = None if time_budget is None else seconds(time_budget)
-    experiment, table = _experiment(config, set)
+    experiment, dataset = _experiment(config, set)
     from bnnmcmc.pipeline import start_run
 
     folder = out or _new_folder(Path("runs") / config.stem)
     done = start_run(
         experiment,
-        table,
+        dataset,
         folder,
         name=config.stem,
         command=shlex.join(["bnnmcmc", *sys.argv[1:]]),
@@ -294,16 +291,12 @@ def seconds(text: str) -> float:
 def _experiment(path: Path, settings: list[str] | None):
     """Read config and data, then configure JAX: mistakes in files show before JAX loads."""
     from bnnmcmc.config import read_config
-    from bnnmcmc.data import load_table
+    from bnnmcmc.inputs import read_dataset
 
     config = read_config(path, settings or [])
-    folders = [path.parent]
-    if os.environ.get("BNNMCMC_DATA"):
-        folders.append(Path(os.environ["BNNMCMC_DATA"]))
-    data = config.data
-    table = load_table(path=data.path, source=data.source, folders=folders, target=data.target)
+    dataset = read_dataset(config, path.parent)
     _configure_jax(config)
-    return config, table
+    return config, dataset
 
 
 def _configure_for(folder: Path) -> None:

@@ -23,7 +23,7 @@ from rich.console import Console
 
 from bnnmcmc import build, diagnostics, progress, store, trees
 from bnnmcmc.config import Config, to_toml
-from bnnmcmc.data import Dataset, Table, fingerprint, save_dataset
+from bnnmcmc.data import Dataset, fingerprint, save_dataset
 from bnnmcmc.ensemble import build_training, finish_ensemble, run_epochs, start_members
 from bnnmcmc.errors import InputError
 from bnnmcmc.keys import stage_key
@@ -137,7 +137,7 @@ class Job:
 
 def start_run(
     config: Config,
-    table: Table,
+    dataset: Dataset,
     folder: Path,
     *,
     name: str,
@@ -150,8 +150,8 @@ def start_run(
     Parameters
     ----------
     config : Config
-    table : Table
-        The data, as `build.read_data` finds it.
+    dataset : Dataset
+        As `inputs.read_dataset` makes it from the config.
     folder : Path
         Made if it is not there; it must not hold anything.
     name, command : str
@@ -174,7 +174,6 @@ def start_run(
     stop = Stop(None if budget is None else time.monotonic() + budget)
     check_precision(config)
     check_free(folder)
-    dataset = build.make_dataset(config, table)
     posterior, placement = check_model(config, dataset)
     of = position_layout(posterior)
     check_disk(folder, config, of)
@@ -447,7 +446,8 @@ def warm_up(job: Job) -> bool:
         update(program.warmup.total, "")
     if done < total:
         notes.append(
-            f"warm-up was ended by the time budget after {done * thin} of {program.warmup.total} steps"
+            f"warm-up was ended by the time budget after {done * thin} of "
+            f"{program.warmup.total} steps"
         )
     carry = gather(finish_warmup(program, carry), job.placement)
     store.write_arrays(

@@ -20,8 +20,8 @@ from bnnmcmc.posterior import Posterior
 from bnnmcmc.predictive import BATCH
 from bnnmcmc.progress import duration
 from bnnmcmc.run import position_layout
-from bnnmcmc.sampling import MAX_BLOCK_BYTES
 from bnnmcmc.samplers.mclmc import MAX_TUNING_COORDINATES, MAX_TUNING_DRAWS
+from bnnmcmc.sampling import MAX_BLOCK_BYTES
 
 # What Python, JAX and the compiled programs take before any data.
 BASE_BYTES = 600 * 2**20

@@ -272,7 +272,7 @@ class Run:
             predicted, observed = (uniform > below).sum(axis=-1), np.asarray(self.y)
             targets = (encoding.targets[0].name,) if encoding else ("y",)
             classes = encoding.classes if encoding else None
-        flat = np.concatenate([b for b in self.draws.blocks()], axis=1)[:, ::every]
+        flat = np.concatenate(list(self.draws.blocks()), axis=1)[:, ::every]
         names = self.draws.layout.names
         return diagnostics.to_datatree(
             draws=dict(zip(names, trees.split_flat(flat, self.draws.layout), strict=True)),
