@@ -179,16 +179,13 @@ def _dataset(data, dims, coords, sample_dims: Sequence[str] = ("chain", "draw"))
     from arviz_base import dict_to_dataset
 
     # check_conventions warns of more chains than draws, which a short run may well have.
-    dataset = dict_to_dataset(
+    return dict_to_dataset(
         {name: np.asarray(values) for name, values in data.items()},
         dims=dims,
         coords=coords,
         sample_dims=list(sample_dims),
         check_conventions=False,
     )
-    if not sample_dims:
-        del dataset.attrs["sample_dims"]  # an empty list does not survive netCDF
-    return dataset
 
 
 def write_datatree(tree: "xarray.DataTree", path: Path, kind: str) -> None:

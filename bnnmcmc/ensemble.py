@@ -77,9 +77,9 @@ class EpochBlock(NamedTuple):
     """What one call computed: losses (member, count, 2) and the members' state, on devices."""
 
     start: int
-    count: int
+    count: int  # type: ignore[assignment]
     history: np.ndarray
-    members: Member
+    members: Any
     seconds: float
 
 
@@ -416,19 +416,19 @@ def fit_ensemble(
     """
     placement = placement or place(members)
     validation = x_validation is not None and len(x_validation) > 0
-    arrays = _cast(posterior, x, y)
-    arrays += _cast(posterior, x_validation, y_validation) if validation else arrays
+    training_rows = _cast(posterior, x, y)
+    held_out = _cast(posterior, x_validation, y_validation) if validation else training_rows
     training = build_training(
         posterior,
         optimiser or make_optimiser(),
         placement,
-        rows=arrays[0].shape[0],
-        validation_rows=arrays[2].shape[0] if validation else 0,
+        rows=len(training_rows[0]),
+        validation_rows=len(held_out[0]) if validation else 0,
         batch_size=batch_size,
         max_epochs=max_epochs,
         patience=patience,
     )
-    data = replicate(arrays, placement)
+    data = replicate((*training_rows, *held_out), placement)
     state = start_members(training, seed)
     history = []
     for block in run_epochs(training, state, seed, data):

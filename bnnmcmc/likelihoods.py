@@ -10,6 +10,9 @@ import numpyro.distributions as dist
 
 from bnnmcmc.errors import InputError
 
+# numpyro's checks are off throughout: outside jit they turn a NaN, which shall stay one, into an
+# error or a warning.
+
 # Keeps a predicted scale off zero in float32; the target has unit variance.
 MIN_SCALE = 1e-4
 
@@ -98,18 +101,20 @@ def gaussian(
 
         def predicted(params, outputs):
             sd = jax.nn.softplus(outputs[:, targets:]) + MIN_SCALE
-            return dist.Normal(outputs[:, :targets], sd).to_event(1)
+            return dist.Normal(outputs[:, :targets], sd, validate_args=False).to_event(1)
 
         return Likelihood(predicted, 2 * targets, _no_params, _no_prior, "regression")
 
     if scale == "sampled":
 
         def sampled(params, outputs):
-            return dist.Normal(outputs, jnp.exp(params["log_scale"])).to_event(1)
+            sd = jnp.exp(params["log_scale"])
+            return dist.Normal(outputs, sd, validate_args=False).to_event(1)
 
         def log_prior(params):
             eta = params["log_scale"]
-            return (dist.HalfNormal(scale_prior).log_prob(jnp.exp(eta)) + eta).sum()
+            prior = dist.HalfNormal(scale_prior, validate_args=False)
+            return (prior.log_prob(jnp.exp(eta)) + eta).sum()
 
         def init():
             return {"log_scale": jnp.full((targets,), jnp.log(0.5))}
@@ -117,7 +122,7 @@ def gaussian(
         return Likelihood(sampled, targets, init, log_prior, "regression")
 
     def known(params, outputs):
-        return dist.Normal(outputs, scale).to_event(1)
+        return dist.Normal(outputs, scale, validate_args=False).to_event(1)
 
     return Likelihood(known, targets, _no_params, _no_prior, "regression")
 
@@ -142,7 +147,7 @@ def categorical(classes: int) -> Likelihood:
     if classes < 2:
         raise InputError(f"likelihood: found {classes} classes, expected at least 2")
     return Likelihood(
-        lambda params, outputs: dist.Categorical(logits=outputs),
+        lambda params, outputs: dist.Categorical(logits=outputs, validate_args=False),
         classes,
         _no_params,
         _no_prior,
@@ -158,8 +163,14 @@ def bernoulli() -> Likelihood:
     Likelihood
         One output; class 0 and class 1 in the order of the encoded labels.
     """
+
+    def distribution(params, outputs):
+        # Not numpyro's Bernoulli: its log_prob takes a NaN logit for a certain hit.
+        logits = jnp.stack([jnp.zeros_like(outputs[:, 0]), outputs[:, 0]], axis=-1)
+        return dist.Categorical(logits=logits, validate_args=False)
+
     return Likelihood(
-        lambda params, outputs: dist.Bernoulli(logits=outputs[:, 0]),
+        distribution,
         1,
         _no_params,
         _no_prior,

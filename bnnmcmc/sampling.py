@@ -58,7 +58,7 @@ class Block(NamedTuple):
     """
 
     start: int
-    count: int
+    count: int  # type: ignore[assignment]
     draws: np.ndarray | None
     stats: dict[str, np.ndarray]
     carry: Any

@@ -1,5 +1,93 @@
 """Every test sees two CPU devices, whatever the machine: sharding is then always on."""
 
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
 from bnnmcmc.placement import use_all_cores
 
 use_all_cores(2)
+
+TINY = """
+[data]
+path = "table.csv"
+target = "y"
+
+[model]
+hidden = [6]
+activation = "tanh"
+
+[ensemble]
+members = 3
+max_epochs = 40
+patience = 40
+batch_size = 16
+
+[sampler]
+kernel = "mclmc"
+warmup = 200
+draws = 40
+thin = 2
+
+[run]
+arviz = "none"
+"""
+
+
+def start_cli(*arguments, cwd, **options):
+    """Start the command line as a process, as a user's shell would."""
+    environment = {**os.environ, "COLUMNS": "200", "BNNMCMC_DATA": ""}
+    return subprocess.Popen(
+        [sys.executable, "-W", "error::UserWarning", "-m", "bnnmcmc", *map(str, arguments)],
+        cwd=cwd,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,
+    )
+
+
+@pytest.fixture(scope="session")
+def cli():
+    """Run the command line to its end: (exit status, stdout, stderr)."""
+
+    def run(*arguments, cwd, **options):
+        process = start_cli(*arguments, cwd=cwd, **options)
+        out, err = process.communicate(timeout=300)
+        return process.returncode, out, err
+
+    return run
+
+
+def write_tiny(folder, rows=60, text=TINY):
+    """Write a small table with two features and a category, and a config that is quick to run."""
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(2, rows))
+    kind = np.array(["red", "green"])[np.arange(rows) % 2]
+    y = 5 + 3 * a - b + 2 * (kind == "red") + 0.3 * rng.normal(size=rows)
+    lines = ["a,b,kind,y"]
+    lines += [f"{p:.6f},{q:.6f},{k},{r:.6f}" for p, q, k, r in zip(a, b, kind, y, strict=True)]
+    (folder / "table.csv").write_text("\n".join(lines) + "\n")
+    (folder / "tiny.toml").write_text(text)
+    return folder
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    """A folder with table.csv and tiny.toml."""
+    return write_tiny(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory, cli):
+    """A folder with table.csv, tiny.toml and a finished run in ``run/``; do not change it."""
+    folder = write_tiny(tmp_path_factory.mktemp("finished"))
+    code, out, err = cli("run", "tiny.toml", "--out", "run", cwd=folder)
+    assert code == 0, err
+    (folder / "stdout.txt").write_text(out)
+    (folder / "stderr.txt").write_text(err)
+    return folder

@@ -284,7 +284,7 @@ def test_what_has_no_meaning_is_nan():
     values = normal(2, 100, 4)
     values[:, :, 0] = 0.1  # never changes
     values[0, 50, 1] = np.nan
-    values[0, 50, 2] = np.inf
+    values[0, 50:60, 2] = -np.inf
     for found in (chainwise_rhat(values), *ess(values)):
         np.testing.assert_array_equal(
             np.isnan(found), [[True, True, True, False], [True, False, False, False]]
@@ -300,8 +300,8 @@ def test_what_has_no_meaning_is_nan():
     assert np.isfinite(bulk).all()
     assert np.isnan(tail).all()
     # Every part stands still at a value of its own.
-    steps = np.repeat(np.arange(4.0), 25)[None, :, None]
-    assert chainwise_rhat(steps)[0, 0] > 1e6
+    steps = np.repeat(np.arange(4.0), 16)[None, :, None]
+    assert chainwise_rhat(steps)[0, 0] == np.inf
 
 
 def test_less_than_two_parts_are_refused():

@@ -1,7 +1,9 @@
 """One table of kernels, one contract; then what each kernel's options and tuning do."""
 
+import functools
 import inspect
 
+import blackjax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -196,11 +198,14 @@ def test_mclmc_refuses_a_single_parameter():
         mclmc().init(jax.random.key(0), jnp.zeros(1), lambda x: -jnp.sum(x**2))
 
 
-def statistics(kernel, warmup=0, steps=200, seed=0):
-    """Return params, sampling info and warm-up info of one chain on the Gaussian."""
-    _, (_, warm, _), params, (_, infos) = jax.jit(chain(kernel, warmup=warmup, steps=steps))(
-        jax.random.key(seed), jnp.full(3, 0.5)
-    )
+def round_gaussian(x):
+    return -0.5 * jnp.sum(jnp.square(x))
+
+
+def statistics(kernel, warmup=0, steps=200, seed=0, density=gaussian, size=3):
+    """Return params, sampling info and warm-up info of one chain."""
+    run = jax.jit(chain(kernel, density, warmup=warmup, steps=steps))
+    _, (_, warm, _), params, (_, infos) = run(jax.random.key(seed), jnp.full(size, 0.5))
     return params, jax.tree.map(np.asarray, infos), warm
 
 
@@ -231,11 +236,29 @@ def test_nuts_depth():
     assert np.all(deep.gradients <= 2.0**deep.tree_depth - 1)
 
 
-@pytest.mark.parametrize(("build", "target"), [(hmc, 0.7), (hmc, 0.95), (nuts, 0.85)])
-def test_window_adaptation_finds_target_and_metric(build, target):
-    params, infos, _ = statistics(build(target_acceptance=target), warmup=1000, steps=1000)
-    assert abs(infos.acceptance_rate.mean() - target) < 0.06
-    np.testing.assert_allclose(params.inverse_mass_matrix, VARIANCES, rtol=0.35)
+@pytest.mark.parametrize("build", [hmc, nuts])
+def test_target_acceptance(build):
+    _, low, _ = statistics(build(target_acceptance=0.6), warmup=500, steps=500)
+    _, high, _ = statistics(build(target_acceptance=0.95), warmup=500, steps=500)
+    assert low.acceptance_rate.mean() < high.acceptance_rate.mean() - 0.05
+    assert low.step_size[0] > 1.2 * high.step_size[0]
+
+
+def test_window_adaptation_finds_what_blackjax_finds():
+    """Not the same keys, so over 16 chains: their mean log step sizes have errors of 0.02."""
+    keys = jax.random.split(jax.random.key(0), 16)
+    run = chain(hmc(num_leapfrog=10, jitter=0.0), warmup=1000, steps=1)
+    ours = jax.jit(jax.vmap(lambda key: run(key, jnp.full(3, 0.5))[2]))(keys)
+    reference = blackjax.window_adaptation(
+        blackjax.hmc, gaussian, initial_step_size=0.01, num_integration_steps=10
+    )
+    theirs = jax.jit(jax.vmap(lambda k: reference.run(k, jnp.full(3, 0.5), 1000)[0].parameters))(
+        keys
+    )
+    gap = np.log(ours.step_size).mean() - np.log(theirs["step_size"]).mean()
+    assert abs(gap) < 0.1
+    np.testing.assert_allclose(ours.inverse_mass_matrix.mean(0), VARIANCES, rtol=0.15)
+    np.testing.assert_allclose(theirs["inverse_mass_matrix"].mean(0), VARIANCES, rtol=0.15)
 
 
 def test_window_adaptation_is_stans_schedule():
@@ -244,11 +267,8 @@ def test_window_adaptation_is_stans_schedule():
     _, (_, _, params), _, _ = run(jax.random.key(0), jnp.full(3, 0.5))
     metric = np.asarray(params.inverse_mass_matrix)
     changes = np.flatnonzero(np.any(metric[1:] != metric[:-1], axis=1)) + 1
-    # 75 fast; windows of 25 and (50 stretched to) 150; 50 fast.
-    np.testing.assert_array_equal(changes, [99, 249])
-    # The step size restarts from its average there: the same value, aimed higher again.
-    steps = np.asarray(params.step_size)
-    assert abs(np.log(steps[250] / steps[248])) < 1.0
+    # 75 fast steps; windows of 25, 50 and 100; 50 fast steps.
+    np.testing.assert_array_equal(changes, [99, 149, 249])
 
 
 def test_mclmc_integrators_cost_what_they_say():
@@ -266,16 +286,31 @@ def test_mclmc_integrators_cost_what_they_say():
         assert kernel.gradients_per_step == int(info.gradients) == gradients == len(counted)
 
 
-@pytest.mark.parametrize("end", [0.5, 0.01])
+@functools.cache
+def in_many_dimensions(start, end):
+    """Return one MCLMC chain; the tuning's weights were made for near-normal energy errors."""
+    kernel = mclmc(energy_variance_start=start, energy_variance_end=end)
+    run = jax.jit(chain(kernel, round_gaussian, warmup=2000, steps=2000))
+    return run(jax.random.key(0), jnp.full(100, 0.5))
+
+
+@pytest.mark.parametrize("end", [0.5, 0.02])
 def test_mclmc_reaches_the_wanted_energy_variance(end):
-    _, infos, _ = statistics(mclmc(energy_variance_end=end), warmup=2000, steps=4000)
-    assert end / 2.5 < infos.energy_error_squared.mean() < end * 2.5
+    _, _, _, (_, infos) = in_many_dimensions(5.0, end)
+    assert end / 1.5 < infos.energy_error_squared.mean() < end * 1.5
 
 
 def test_mclmc_starts_hot():
-    _, _, hot = statistics(mclmc(energy_variance_start=5.0), warmup=500, steps=1)
-    _, _, cold = statistics(mclmc(energy_variance_start=0.05), warmup=500, steps=1)
-    assert np.mean(hot.step_size[:250]) > 1.3 * np.mean(cold.step_size[:250])
+    hot, cold = (in_many_dimensions(start, 0.02)[1][1] for start in (5.0, 0.02))
+    early = slice(500, 1000)
+    assert np.mean(hot.energy_error_squared[early]) > 10 * np.mean(cold.energy_error_squared[early])
+
+
+def test_mclmc_cut_short_hands_over_a_step_size_for_the_final_energy_variance():
+    _, (_, infos, params), _, _ = in_many_dimensions(5.0, 0.02)
+    early, full = np.asarray(params.step_size)[[500, -1]]
+    assert 0.7 < early / full < 1.4
+    assert infos.step_size[500] > 1.5 * full  # what it was using
 
 
 def test_mile_tuning_follows_the_published_rules():
@@ -295,9 +330,12 @@ def test_mile_tuning_follows_the_published_rules():
     weight = np.exp(-((np.log(xi) / 9.0) ** 2) / 2)
     epsilon, error, total = [first], 0.0, 0.0
     for t in range(moments):
-        error = 99 / 101 * error + weight[t] * xi[t] / epsilon[t] ** 6
+        if total == 0 and xi[t] < 1e-6:
+            epsilon.append(2 * epsilon[t])
+            continue
+        error = 99 / 101 * error + weight[t] * xi[t] * wanted[t] / epsilon[t] ** 6
         total = 99 / 101 * total + weight[t]
-        epsilon.append((error / total) ** (-1 / 6))
+        epsilon.append((wanted[t] * total / error) ** (1 / 6))
     np.testing.assert_allclose(infos.step_size[:moments], epsilon[:moments], rtol=2e-3)
     np.testing.assert_allclose(infos.step_size[moments:], epsilon[moments], rtol=2e-3)
 
@@ -314,33 +352,25 @@ def test_mile_tuning_follows_the_published_rules():
     np.testing.assert_allclose(params.step_size, epsilon[moments], rtol=2e-3)
 
 
-def test_mclmc_cut_short_hands_over_a_step_size_for_the_final_energy_variance():
-    kernel = mclmc(energy_variance_start=5.0, energy_variance_end=0.05)
-    _, (_, _, params), _, _ = jax.jit(chain(kernel, warmup=2000, steps=1))(
-        jax.random.key(0), jnp.full(3, 0.5)
-    )
-    early, full = np.asarray(params.step_size)[[500, -1]]
-    assert 0.7 < early / full < 1.4  # taken as it was, it would be 2.1 times as long
-
-
-def test_mclmc_step_size_recovers_from_far_too_large_and_far_too_small():
-    for first in (1e-7, 1e4):
-        params, _, _ = statistics(mclmc(initial_step_size=first), warmup=1000, steps=1)
-        assert 0.05 < float(params.step_size) < 5.0
+@pytest.mark.parametrize("first", [1e-7, 1e4])
+def test_mclmc_step_size_comes_back_from_the_ends_of_float32(first):
+    params, _, _ = statistics(mclmc(initial_step_size=first), warmup=1000, steps=1)
+    assert 0.6 < float(params.step_size) < 2.4  # from 0.005 it comes to 1.2
 
 
 def test_mclmc_survives_energy_errors_too_large_to_square():
     def cliff(x):
-        return jnp.where(x[0] > 0.5, -1e25 * x[0], gaussian(x))
+        return gaussian(x) + jnp.where(x[0] > 0.5, -1e20, 0.0)
 
     run = jax.jit(chain(mclmc(), cliff))
-    _, (states, _, finished), _, _ = run(jax.random.key(1), jnp.array([0.4, 0.0, 0.0]))
+    _, (states, infos, finished), _, _ = run(jax.random.key(1), jnp.array([0.4, 0.0, 0.0]))
+    assert np.any(np.isinf(infos.energy_error_squared))  # it was met
     assert np.all(np.isfinite(states.position))
     assert np.all(np.isfinite(finished.step_size))
     assert np.all(np.asarray(finished.step_size) > 0)
 
 
-@pytest.mark.parametrize("warmup", [1, 2, 5, 9, 20])
+@pytest.mark.parametrize("warmup", [1, 5, 20])
 def test_mclmc_short_warm_ups_leave_the_decoherence_length_alone(warmup):
     params, _, _ = statistics(mclmc(), warmup=warmup, steps=1)
     assert float(params.decoherence_length) == 15.0
@@ -350,10 +380,8 @@ def test_mclmc_moments_do_not_lose_digits_far_from_zero():
     def far(x):
         return gaussian(x - 1000.0)
 
-    kernel = mclmc()
-    rules = kernel.warmup(600)
-    _, (_, infos, _), _, _ = jax.jit(chain(kernel, far, warmup=600, steps=1))(
+    _, (states, infos, _), _, _ = jax.jit(chain(mclmc(), far, warmup=600, steps=1))(
         jax.random.key(0), jnp.full(3, 1000.0)
     )
-    assert rules is not None
-    assert 0.5 < infos.decoherence_length[545] < 5.0
+    variance = np.asarray(states.position, np.float64)[480:540].var(axis=0)
+    np.testing.assert_allclose(infos.decoherence_length[545], np.sqrt(variance.sum()), rtol=0.02)

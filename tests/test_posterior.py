@@ -27,7 +27,7 @@ def make(scale="sampled", targets=2, outputs=None, prior=None):
 
 
 def starts(posterior, chains=3):
-    return trees.stack([posterior.init(jax.random.key(i)) for i in range(chains)])
+    return jax.jit(jax.vmap(posterior.init))(jax.random.split(jax.random.key(0), chains))
 
 
 def test_log_density_is_both_priors_plus_the_likelihood():
@@ -42,14 +42,21 @@ def test_log_density_is_both_priors_plus_the_likelihood():
     prior_of_sigma = (st.halfnorm(0, 0.7).logpdf(sigma) + np.log(sigma)).sum()
     rows = st.norm(means, sigma).logpdf(Y).sum(axis=1)
 
-    np.testing.assert_allclose(posterior.log_prior(position), prior + prior_of_sigma, rtol=1e-5)
-    np.testing.assert_allclose(
-        posterior.pointwise_log_likelihood(position, X, Y), rows, rtol=1e-4, atol=1e-5
-    )
-    np.testing.assert_allclose(posterior.log_likelihood(position, X, Y), rows.sum(), rtol=1e-5)
-    np.testing.assert_allclose(
-        posterior.log_density(position, X, Y), prior + prior_of_sigma + rows.sum(), rtol=1e-5
-    )
+    @jax.jit
+    def parts(position, x, y):
+        return (
+            posterior.log_prior(position),
+            posterior.pointwise_log_likelihood(position, x, y),
+            posterior.log_likelihood(position, x, y),
+            posterior.log_density(position, x, y),
+        )
+
+    found = parts(position, X, Y)
+    both_priors = prior + prior_of_sigma
+    np.testing.assert_allclose(found[0], both_priors, rtol=1e-5)
+    np.testing.assert_allclose(found[1], rows, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(found[2], rows.sum(), rtol=1e-5)
+    np.testing.assert_allclose(found[3], both_priors + rows.sum(), rtol=1e-5)
 
 
 def test_a_position_names_network_and_likelihood():
@@ -66,7 +73,7 @@ def test_a_position_names_network_and_likelihood():
 def test_fitting_parts_pass_both_checks():
     for posterior in (make(), make("predicted"), make(0.5)):
         check_outputs(posterior, X, Y)
-        check_finite(posterior, starts(posterior), X, Y)
+    check_finite(posterior, starts(posterior), X, Y)
     classes = Posterior(mlp(3, [4], 3), categorical(3), normal())
     labels = np.array([0, 1, 2, 0, 1, 2, 0, 1])
     check_outputs(classes, X, labels)
@@ -116,11 +123,11 @@ def test_a_users_network_that_breaks_the_contract():
         InputError, match=r"parameter network\.steps has type int32, expected float"
     ):
         check(lambda key: {"steps": jnp.arange(3)}, lambda params, x: x[:, :2])
+
+    def apply(params, x):
+        raise ValueError("no such layer")
+
     with pytest.raises(InputError, match="cannot be applied to 3 features: no such layer"):
-
-        def apply(params, x):
-            raise ValueError("no such layer")
-
         check(lambda key: {"w": jnp.zeros((3, 2))}, apply)
 
 
@@ -149,7 +156,7 @@ def test_a_prior_likelihood_or_gradient_that_is_not_finite():
     with pytest.raises(InputError, match="chain 2: at the start position the log prior is not fi"):
         check_finite(posterior, positions, X, Y)
 
-    with pytest.raises(InputError, match="chain 0 .*the log-likelihood is not finite"):
+    with pytest.raises(InputError, match=r"chain 0 .*the log-likelihood is not finite"):
         check_finite(make(), starts(make()), X, np.full_like(Y, np.nan))
 
     def kinked(params):  # the derivative of sqrt at zero is infinite

@@ -112,13 +112,15 @@ def test_a_nan_stays_a_nan():
     ],
 )
 def test_sample_has_the_right_scale_and_structure(leaf, sd):
-    params = {"layer0": {"bias": np.zeros(3000), "weight": np.zeros((100, 300))}}
-    drawn = independent(leaf).sample(jax.random.key(0), params)
+    params = {"layer0": {"bias": np.zeros(3000), "weight": np.zeros((100, 100))}}
+    drawn = jax.tree.map(np.asarray, independent(leaf).sample(jax.random.key(0), params))
     assert jax.tree.map(np.shape, drawn) == jax.tree.map(np.shape, params)
-    np.testing.assert_allclose(np.std(drawn["layer0"]["weight"]), sd, rtol=0.03)
+    np.testing.assert_allclose(np.std(drawn["layer0"]["weight"]), sd, rtol=0.05)
     bias_sd = sd * 10 if leaf.fan_in else sd
     np.testing.assert_allclose(np.std(drawn["layer0"]["bias"]), bias_sd, rtol=0.06)
-    assert not np.isin(drawn["layer0"]["bias"], drawn["layer0"]["weight"]).any()
+    # Leaves have streams of their own.
+    parts = drawn["layer0"]["bias"][:100] / bias_sd, drawn["layer0"]["weight"][0] / sd
+    assert abs(np.corrcoef(*parts)[0, 1]) < 0.5
 
 
 def test_what_counts_as_a_bias():
@@ -142,7 +144,7 @@ def test_what_counts_as_a_bias():
         (lambda: independent(LeafPrior("student_t", df=0.0)), r"prior\.df: found 0\.0"),
         (
             lambda: independent(layers={"layer0": {"weight": LeafPrior("gauss")}}),
-            "found 'gauss', expected one of",
+            r"prior\.layers\.layer0\.weight\.family: found 'gauss', expected one of",
         ),
         (
             lambda: independent(layers={"layer0": {"weights": LeafPrior()}}),

@@ -77,9 +77,13 @@ def make_run(
         "seconds": {"compile": 8.1, "ensemble": 4.2},
     }
     config = {
-        "data": {"source": f"sklearn:{name}"},
+        "data": {"source": f"sklearn:{name}", "split": {"train_rows": list(range(309))}},
         "model": {"hidden": [16, 16], "activation": "silu"},
-        "prior": {"family": "normal", "scale": 1.0},
+        "prior": {
+            "layers": {"layer0": {"weight": {"scale": 0.5}}},
+            "family": "normal",
+            "scale": 1.0,
+        },
         "sampler": {"kernel": "mclmc", "warmup": 5000, "draws": planned, "thin": 10},
     }
     (folder / "config.toml").write_text(tomli_w.dumps(config))
@@ -129,7 +133,7 @@ def training_history(rng, members):
     return {
         "history": history,
         "epochs": epochs,
-        "best_epoch": best,
+        "best_epoch": best + 1,
         "validation_loss": history[np.arange(members), best, 1],
     }
 
@@ -169,13 +173,16 @@ def write_diagnostics(folder, rng, words, draws):
             "rhat_function_across_median": 1.03,
             "rhat_function_across_max": 1.21,
             "ess_function_total_median": 812.0,
-            "verdict": ["The chains agree on the predictions (median R-hat 1.03)."],
+            "verdict": [
+                "4 of 4 chains have status ok.",
+                "The chains agree on the predictions (median R-hat 1.03).",
+            ],
         },
     )
 
 
 def write_metrics(folder, test, units, rows, chains):
-    metrics = {"test": test, "rows": rows, "best_member": 3, "chains_pooled": list(range(chains))}
+    metrics = {"test": test, "rows": rows, "best_member": 3, "pooled_chains": list(range(chains))}
     if units:
         metrics["test_target_units"] = units
     write_json(folder / "metrics.json", metrics)
@@ -270,7 +277,9 @@ class Page(HTMLParser):
             self.rows.append([])
         if tag in ("td", "th"):
             self.rows[-1].append("")
-            self.marks.append((len(self.rows) - 1, dict(attributes).get("class") or ""))
+        classes = dict(attributes).get("class") or ""
+        if classes.startswith("mark "):
+            self.marks.append(classes)
         if not closed and tag not in VOID:
             self.open.append(tag)
 
@@ -314,12 +323,14 @@ def page(finished):
 
 def test_verdict_compares_the_posterior(page):
     assert "scores an LPPD of −1.052 on 89 test rows" in page.text
+    assert page.marks[:3] == ["mark good"] * 3
     assert "0.0781 nats per row better than the deep ensemble" in page.text
     assert "0.2693 nats per row better than the best member" in page.text
     assert "50 / 80 / 90 / 95 % intervals cover 49.0 / 80.0 / 90.0 / 95.5 %" in page.text
     assert "cover what they promise" in page.text
     assert "All 4 chains are ok. The scores pool all 4 chains." in page.text
     assert "The chains agree on the predictions (median R-hat 1.03)." in page.text
+    assert "have status ok" not in page.text
     assert "Missing" not in page.text
     assert "Unfinished" not in page.text
 
@@ -355,6 +366,9 @@ def test_run_is_described(page):
         "4 chains on 2 CPU cores, 2 each, one after the other",
         "bnnmcmc run experiments/diabetes.toml",
         'activation = "silu"',
+        "hidden = [16, 16]",
+        "18, 19, ... (309 in all)]",
+        "layers.layer0.weight.scale = 0.5",
         "[prior]",
     ):
         assert text in page.text
@@ -369,6 +383,8 @@ def test_figures_have_takeaway_and_alt(page, finished):
     low, high = found["quantiles"][1, :, 0], found["quantiles"][7, :, 0]
     inside = int(np.sum((low <= found["y"][:, 0]) & (found["y"][:, 0] <= high)))
     assert f"{inside} of 89 test rows" in page.text
+    losses = np.load(finished / "ensemble" / "history.npz")["validation_loss"]
+    assert f"a validation loss from {losses.min():.4g} to {losses.max():.4g}." in page.text
     last = np.load(finished / "warmup.npz")["step_size"][:, -1]
     assert f"end at {np.median(last):.4g} (median" in page.text
 
@@ -405,6 +421,7 @@ def test_same_folder_same_bytes(finished, page):
 def test_classification(tmp_path):
     page = read(make_run(tmp_path / "run", task="classification", name="breast_cancer"))
     assert "0.03 nats per row worse than the deep ensemble" in page.text
+    assert page.marks[0].endswith("bad")
     assert "0.06 nats per row better than the best member" in page.text
     assert page.row("Accuracy") == ["Accuracy ↑ higher is better", "0.9300", "0.9300", "0.9300"]
     assert "expected calibration error of the posterior is 4.0 %" in page.text
@@ -458,7 +475,7 @@ def test_time_budget_is_said_although_done(tmp_path):
 def test_failed_chains(tmp_path):
     status = {1: ("stuck", "It never moved."), 2: ("nonfinite", "It left the finite numbers.")}
     folder = make_run(tmp_path / "run", status=status)
-    change(folder / "metrics.json", chains_pooled=[0, 3])
+    change(folder / "metrics.json", pooled_chains=[0, 3])
     page = read(folder)
     assert (
         "2 of 4 chains not ok (1 nonfinite, 1 stuck). The scores pool 2 of 4 chains." in page.text
@@ -475,11 +492,11 @@ def test_failed_chains(tmp_path):
 
 def test_empty_and_constant_columns_are_left_out(page):
     heads = next(r for r in page.rows if r[0] == "chain")
-    assert "max R-hat predictions" in heads
+    assert "R-hat function max" in heads
     assert "accepted" not in heads
     assert "max depth" not in heads
-    assert "divergences" not in heads
-    assert "The same in all chains: draws 60, divergences 0, gradients 600." in page.text
+    assert "diverged" not in heads
+    assert "The same in all chains: draws 60, diverged 0, gradients 600." in page.text
 
 
 def test_broken_files_are_named(tmp_path):
@@ -524,11 +541,71 @@ def test_a_thousand_chains(tmp_path):
     listed = [r for r in page.rows if r[1:2] == ["diverging"]]
     assert len(listed) == 10
     assert not [r for r in page.rows if r[1:2] == ["ok"]]
-    quantiles = page.row("max R-hat predictions")
+    quantiles = page.row("R-hat function max")
     with open(folder / "diagnostics.csv", newline="") as file:
         values = [float(row["rhat_function_max"]) for row in csv.DictReader(file)]
     assert quantiles[3] == f"{np.median(values):.3f}"
     assert quantiles[6:] == ["0", "0"]
+
+
+def test_what_is_not_finite_is_said_and_drawn_around(tmp_path):
+    folder = make_run(tmp_path / "run", chains=30)
+    history = dict(np.load(folder / "ensemble" / "history.npz"))
+    history["history"][4] = np.nan
+    history["history"][5, 3:] = np.inf
+    write_arrays(folder / "ensemble" / "history.npz", history)
+    step_size = np.load(folder / "warmup.npz")["step_size"].copy()
+    step_size[:2] = [[np.nan], [np.inf]]
+    write_arrays(folder / "warmup.npz", {"step_size": step_size})
+    page = read(folder)
+    assert "2 members never had a finite loss." in page.text
+    assert "2 chains with a step size that is not finite (0, 1), left out of the bands" in page.text
+    assert page.tags.count("figure") == 5
+
+
+def test_no_warmup_is_nothing_missing(tmp_path):
+    folder = make_run(tmp_path / "run")
+    (folder / "warmup.npz").unlink()
+    assert "Missing: warmup.npz" in read(folder).text
+    change(folder / "manifest.json", warmup=0)
+    assert "Missing" not in read(folder).text
+
+
+def test_no_test_rows_is_nothing_missing(tmp_path):
+    folder = make_run(tmp_path / "run")
+    data = json.loads((folder / "manifest.json").read_text())["data"]
+    change(folder / "manifest.json", data={**data, "test": 0})
+    (folder / "metrics.json").unlink()
+    (folder / "predictions.npz").unlink()
+    page = read(folder)
+    assert "Missing" not in page.text
+    assert page.tags.count("figure") == 3
+
+
+def test_warmup_cut_short_keeps_its_scale(tmp_path):
+    folder = make_run(tmp_path / "run")
+    step_size = np.load(folder / "warmup.npz")["step_size"][:, :40]
+    write_arrays(folder / "warmup.npz", {"step_size": step_size})
+    note = "warm-up was ended by the time budget after 1000 of 5000 steps"
+    change(folder / "manifest.json", notes=[note])
+    page = read(folder)
+    assert f"Note: {note}." in page.text
+    drawing = (folder / "report.html").read_text().split("Warm-up: step size")[1]
+    ticks = re.findall(r">(\d+)</text>", drawing.split("</svg>")[0])
+    assert max(int(tick) for tick in ticks) == 1000
+
+
+def test_validation_loss_that_explodes_is_said(tmp_path):
+    folder = make_run(tmp_path / "run")
+    history = dict(np.load(folder / "ensemble" / "history.npz"))
+    for curve, best in zip(history["history"], history["best_epoch"], strict=True):
+        curve[best:, 1] += 40
+    write_arrays(folder / "ensemble" / "history.npz", history)
+    page = read(folder)
+    assert re.search(r"Later it rises to 4[01]\.\d+ \(median\)", page.text)
+    drawing = (folder / "report.html").read_text().split("Training of the ensemble")[1]
+    ticks = re.findall(r">([\d.]+)</text>", drawing.split("</svg>")[0])
+    assert "40" not in ticks
 
 
 def test_many_rows_and_draws_stay_small(tmp_path):
@@ -538,6 +615,9 @@ def test_many_rows_and_draws_stay_small(tmp_path):
     assert len(html) < 5_000_000
     images = re.findall(r'href="data:image/png;base64,([^"]*)"', html)
     assert len(images) >= 2
+    # No figure keeps its many points as vectors beside the image.
+    assert max(map(len, re.findall(r' d="([^"]*)"', html))) < 50_000
+    assert html.count("<use") < 1000
     assert base64.b64decode(images[0]).startswith(b"\x89PNG")
 
 
@@ -552,7 +632,7 @@ def test_browser_sorts_and_loads_without_complaint(finished, page, tmp_path):
     html = (finished / "report.html").read_text()
     click = """<script>
     const head = [...document.querySelectorAll("table.sortable th")]
-      .find((h) => h.textContent === "max R-hat predictions");
+      .find((h) => h.textContent === "R-hat function max");
     const column = head.cellIndex, table = head.closest("table");
     const values = () => [...table.tBodies[0].rows].map((r) => r.cells[column].textContent);
     head.querySelector("button").click(); const up = values();

@@ -18,6 +18,8 @@ MAX_VECTOR_POINTS = 20_000
 # Up to so many chains each gets its own line; more are shown as quantile bands.
 MAX_LINES = 20
 MAX_BAND_POINTS = 400
+# As in `bnnmcmc.sampling`, which needs JAX: the warm-up is recorded about so many times.
+WARMUP_RECORDS = 200
 # Mid-tones, readable on light and on dark; in the SVG the page's CSS variables take their place.
 COLOURS = {
     "posterior": "#2f7fb5",
@@ -113,7 +115,7 @@ def training(history: np.ndarray, epochs: np.ndarray, best_epoch: np.ndarray) ->
     epochs : numpy array (member,)
         Epochs that each member trained; what comes after is not drawn.
     best_epoch : numpy array (member,)
-        Epoch whose weights were kept.
+        Epoch whose weights were kept, counted from 1; 0 if no loss was finite.
     """
     members = len(history)
     losses = [
@@ -122,7 +124,7 @@ def training(history: np.ndarray, epochs: np.ndarray, best_epoch: np.ndarray) ->
     validated = bool(np.isfinite(losses[1]).any())
     kinds = [(0, "training", "member")] + ([(1, "validation", "ensemble")] if validated else [])
     best = [
-        h[b, 1 if validated else 0] if 0 <= b < h.shape[0] else np.nan
+        h[b - 1, 1 if validated else 0] if 1 <= b <= h.shape[0] else np.nan
         for h, b in zip(history, best_epoch, strict=True)
     ]
     points = int(np.sum(epochs)) * len(kinds)
@@ -149,7 +151,7 @@ def training(history: np.ndarray, epochs: np.ndarray, best_epoch: np.ndarray) ->
                 _band(ax, np.arange(1, len(running) + 1), low, middle, high, colour, label)
         if members <= MAX_LINES:
             ax.plot(
-                np.asarray(best_epoch) + 1,
+                best_epoch,
                 best,
                 "o",
                 ms=4.5,
@@ -160,8 +162,11 @@ def training(history: np.ndarray, epochs: np.ndarray, best_epoch: np.ndarray) ->
         shown = np.concatenate([losses[k] for k, _, _ in kinds])
         shown = shown[np.isfinite(shown)]
         if len(shown):
-            # The first epochs, and a validation loss that explodes, would flatten all the rest.
+            # The first epochs, or a validation loss that explodes later, would flatten the rest.
+            first = history[:, 0, : len(kinds)]
             low, high = shown.min(), np.quantile(shown, 0.97)
+            if np.isfinite(first).all() and np.isfinite(best).all():
+                high = max(min(high, first.max()), max(best))
             ax.set_ylim(low - 0.05 * (high - low) - 1e-9, high + 0.05 * (high - low) + 1e-9)
         ax.set(xlabel="epoch", ylabel="loss")
         ax.legend()
@@ -170,12 +175,13 @@ def training(history: np.ndarray, epochs: np.ndarray, best_epoch: np.ndarray) ->
     if min(epochs) == max(epochs):
         spread = plural(int(max(epochs)), "epoch")
     takeaway = f"{plural(members, 'member')} trained {spread}"
-    takeaway += (
-        f"; the weights kept are from epoch {number(int(np.median(best_epoch)) + 1)} (median)"
-    )
+    takeaway += f"; the weights kept are from epoch {number(int(np.median(best_epoch)))} (median)"
     if np.isfinite(best).all():
         kind = "validation" if validated else "training"
         takeaway += f", with a {kind} loss from {number(min(best))} to {number(max(best))}."
+        last = np.array([h[e - 1, 1] for h, e in zip(history, epochs, strict=True)])
+        if validated and np.median(last) > max(best):
+            takeaway += f" Later it rises to {number(float(np.median(last)))} (median)."
     else:
         broken = int(np.sum(~np.isfinite(best)))
         takeaway += f". {plural(broken, 'member')} never had a finite loss."
@@ -188,7 +194,7 @@ def training(history: np.ndarray, epochs: np.ndarray, best_epoch: np.ndarray) ->
     return Plot("Training of the ensemble", takeaway, alt, _svg("training", draw))
 
 
-def step_size(values: np.ndarray, failed: Sequence[int], steps: int | None) -> Plot:
+def step_size(values: np.ndarray, failed: Sequence[int], steps: int) -> Plot:
     """Draw how the step size was tuned.
 
     Parameters
@@ -196,11 +202,11 @@ def step_size(values: np.ndarray, failed: Sequence[int], steps: int | None) -> P
     values : numpy array (chain, record)
     failed : sequence of int
         Chains whose status is not ok.
-    steps : int or None
-        Warm-up steps that the records stand for; None if the warm-up is not finished.
+    steps : int
+        Warm-up steps that were planned; a time budget may have ended it before.
     """
     chains, records = values.shape
-    x = np.arange(1, records + 1) * (steps / records if steps else 1.0)
+    x = np.minimum(np.arange(1, records + 1) * max(1, steps // WARMUP_RECORDS), steps)
 
     def draw(ax):
         _chains(ax, x, values, failed)
@@ -213,7 +219,7 @@ def step_size(values: np.ndarray, failed: Sequence[int], steps: int | None) -> P
             # Within a decade or two the powers of ten alone are too few labels.
             ax.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
             ax.yaxis.set_minor_formatter(label if short else NullFormatter())
-        ax.set(xlabel="warm-up step" if steps else "warm-up record", ylabel="step size")
+        ax.set(xlabel="warm-up step", ylabel="step size")
 
     last, before = values[:, -1], values[:, max(0, records - 1 - max(1, records // 10))]
     takeaway = _not_finite(last, "step size")
@@ -310,7 +316,7 @@ def predicted(
         ends = [float(np.min(y)), float(np.max(y))]
         ax.plot(ends, ends, color=COLOURS["ink"], lw=1, ls=(0, (4, 3)), zorder=3)
         for where, colour, label in (
-            (inside, "posterior", "observed value inside" if low is not None else None),
+            (inside, "posterior", "observed value inside its 90 % interval"),
             (~inside, "bad", "outside"),
         ):
             if not where.any():
@@ -335,7 +341,7 @@ def predicted(
             )
         ax.set(xlabel=f"observed {target}", ylabel=f"predicted {target}")
         if low is not None:
-            ax.legend(loc="upper left", title="90 % interval, with the", title_fontsize=9)
+            ax.figure.legend(loc="outside upper left", ncols=2)
 
     if not np.isfinite(mean).all():
         takeaway = f"{plural(int(np.sum(~np.isfinite(mean))), 'prediction')} not finite."
@@ -568,7 +574,7 @@ def _svg(name: str, draw: Callable[[Any], None], wide: bool = False) -> str:
     for parent in root.iter():
         for child in list(parent):
             # A style element would hold for the whole page.
-            if _local(child.tag) in ("style", "metadata"):
+            if _local(child.tag) == "style":
                 parent.remove(child)
     for element in root.iter():
         element.tag = _local(element.tag)

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import shlex
 import tomllib
 import zipfile
 from collections.abc import Callable
@@ -24,10 +25,10 @@ from bnnmcmc.store import read_arrays, read_manifest, write_atomic
 MAX_CHAIN_ROWS = 30
 WORST_CHAINS = 10
 MAX_TARGETS = 4
+MAX_LISTED = 20
 # Sommer et al. (2024) call a chain's R-hat acceptable up to here.
 RHAT_LIMIT = 1.1
 
-STAGES = ("ensemble", "warmup", "sampling", "results", "done")
 STAGE_NAMES = {
     "compile": "compiling",
     "ensemble": "ensemble training",
@@ -55,28 +56,29 @@ COLUMNS = {
     "log_density": ("log-density", "unnormalised log-posterior, mean over draws"),
     "log_density_drift": (
         "drift",
-        "change of the log-density over the draws; near 0 for a chain that has settled",
+        "mean log-density of the last quarter of the draws minus that of the first, in standard "
+        "deviations within the chain; a straight climb gives 2.6",
     ),
     "acceptance_rate": ("accepted", "mean acceptance rate of the kernel"),
-    "energy_error": ("energy error", "size of the integrator's energy error"),
-    "divergences": ("divergences", "steps that left the finite numbers or lost the energy"),
+    "energy_error": ("EEVPD", "mean squared energy error of a step, per dimension"),
+    "divergences": ("diverged", "steps that left the finite numbers or lost the energy"),
     "tree_depth_max": ("max depth", "deepest NUTS tree, in doublings"),
     "step_size": ("step size", "step size after the warm-up"),
     "gradients": ("gradients", "gradient evaluations while sampling"),
     "ess_log_density": ("ESS log-density", "effective sample size of the log-density"),
     "ess_function_median": (
-        "ESS predictions",
+        "ESS function",
         "effective sample size of the predictions, median over predictions",
     ),
-    "ess_function_min": ("min ESS predictions", "the same, smallest over predictions"),
+    "ess_function_min": ("ESS function min", "the same, smallest over predictions"),
     "rhat_function_median": (
-        "R-hat predictions",
+        "R-hat function",
         "chain-wise R-hat of the predictions (the chain split into parts), median over "
         f"predictions; 1 when the parts agree, coloured above {RHAT_LIMIT}",
     ),
-    "rhat_function_max": ("max R-hat predictions", "the same, largest over predictions"),
+    "rhat_function_max": ("R-hat function max", "the same, largest over predictions"),
     "rhat_weights_max": (
-        "max R-hat weights",
+        "R-hat weights max",
         "chain-wise R-hat of the weights, largest over weights; mixing in the weights is not "
         "needed for good predictions",
     ),
@@ -172,9 +174,16 @@ def read_run(folder: Path) -> RunFolder:
     """
     manifest = read_manifest(folder)
     missing: list[str] = []
+    unwanted: set[str] = set()
+    if manifest.get("warmup") == 0:
+        unwanted |= {"warmup.npz"}
+    if (manifest.get("data") or {}).get("test") == 0:
+        unwanted |= {"metrics.json", "predictions.npz"}
 
     def read(name: str, what: str, reader: Callable[[Path], Any]) -> Any:
         path = folder / name
+        if name in unwanted:
+            return None
         if not path.exists():
             missing.append(f"{name} ({what})")
             return None
@@ -303,7 +312,7 @@ def tiles(run: RunFolder) -> list[dict[str, str]]:
     if "lppd" in posterior:
         detail = "posterior, nats per test row"
         if "lppd" in ensemble:
-            detail = f"{_signed(posterior['lppd'] - ensemble['lppd'])} against the deep ensemble"
+            detail = f"{_signed(posterior['lppd'] - ensemble['lppd'])} against the ensemble"
         add("Test LPPD", number(posterior["lppd"]), detail)
     if "coverage_90" in posterior:
         add(
@@ -343,7 +352,9 @@ def verdict(run: RunFolder) -> list[Sentence]:
         sentences += _calibrated(test["posterior"], _rows(run))
     sentences += _chains_said(run)
     for text in (run.diagnostics or {}).get("verdict") or []:
-        sentences.append(Sentence("info", str(text)))
+        if "have status ok" not in text:  # said above, with what the scores pool
+            sentences.append(Sentence("info", str(text)))
+    sentences += [Sentence("note", f"Note: {text}.") for text in run.manifest.get("notes") or []]
     if run.missing:
         level = "bad" if run.manifest.get("stage") == "done" else "note"
         sentences.append(Sentence(level, f"Missing: {', '.join(run.missing)}."))
@@ -353,7 +364,7 @@ def verdict(run: RunFolder) -> list[Sentence]:
 def _progress(run: RunFolder) -> list[Sentence]:
     manifest = run.manifest
     stage, stopped = manifest.get("stage"), manifest.get("stopped")
-    planned, resume = manifest.get("draws"), f"bnnmcmc resume {run.folder}"
+    planned, resume = manifest.get("draws"), f"bnnmcmc resume {shlex.quote(str(run.folder))}"
     on_disk = f"{run.draws:,} of {planned:,} draws per chain" if planned else ""
     why = f" ({stopped})" if stopped else ""
     if stage != "done":
@@ -451,7 +462,7 @@ def _chains_said(run: RunFolder) -> list[Sentence]:
     sentences = []
     total = len(status)
     bad = [c for c in status if c["status"] != "ok"]
-    pooled = (run.metrics or {}).get("chains_pooled")
+    pooled = (run.metrics or {}).get("pooled_chains")
     used = ""
     if pooled is not None:
         share = f"all {total:,}" if len(pooled) == total else f"{len(pooled):,} of {total:,}"
@@ -519,7 +530,7 @@ def _same_decimals(values: list[Any]) -> Callable[[Any], str]:
     largest = max(sizes, default=0.0)
     if not 1e-3 <= largest < 1e5:
         return number
-    decimals = max(0, 3 - math.floor(math.log10(largest)))
+    decimals = min(4, max(0, 3 - math.floor(math.log10(largest))))
     return lambda v: (
         f"{v:,.{decimals}f}".replace("-", "−")
         if isinstance(v, int | float) and math.isfinite(v)
@@ -594,7 +605,6 @@ def chain_table(run: RunFolder) -> dict[str, Any] | None:
     ]
     table: dict[str, Any] = {
         "note": " ".join(notes),
-        "across": _across(run.diagnostics or {}),
         "columns": columns,
         "rows": [[_chain_cell(name, chain.get(name)) for name in ordered] for chain in shown],
         "sentences": [
@@ -608,20 +618,6 @@ def chain_table(run: RunFolder) -> dict[str, Any] | None:
         table["quantile_labels"] = ["min", "5 %", "median", "95 %", "max", "not finite", "missing"]
         table["quantiles"] = [_quantiles(n, [c.get(n) for c in chains]) for n in numeric]
     return table
-
-
-def _across(diagnostics: dict[str, Any]) -> str:
-    names = {
-        "rhat_function_across_median": "median R-hat of the predictions",
-        "rhat_function_across_max": "largest",
-        "ess_function_total_median": "median effective sample size of the predictions",
-    }
-    parts = [
-        f"{label} {number(diagnostics[name])}"
-        for name, label in names.items()
-        if diagnostics.get(name) is not None
-    ]
-    return f"All chains together: {', '.join(parts)}." if parts else ""
 
 
 def _badness(chain: dict[str, Any]) -> tuple[bool, float]:
@@ -651,7 +647,9 @@ def _chain_cell(name: str, value: Any) -> dict[str, str]:
     if name == "status":
         classes += ["text", "good" if value == "ok" else "bad"]
     is_number = isinstance(value, int | float)
-    if name.startswith("rhat_") and is_number and not value <= RHAT_LIMIT:
+    # Weights need not mix for the predictions to do so: no warning for them.
+    judged = name.startswith("rhat_") and name != "rhat_weights_max"
+    if judged and is_number and not value <= RHAT_LIMIT:
         classes.append("note")
     if name == "divergences" and is_number and value != 0:
         classes.append("bad")
@@ -684,7 +682,9 @@ def all_plots(run: RunFolder, broken: list[str]) -> list[Plot]:
 
     def add(name: str, draw: Callable[[], list[Plot]]) -> None:
         try:
-            plots.extend(draw())
+            # What is not finite is said in the takeaways, not in warnings.
+            with np.errstate(all="ignore"):
+                plots.extend(draw())
         except (KeyError, IndexError, ValueError, TypeError) as error:
             broken.append(f"{name} does not hold what it should, so it is not drawn: {error!r}.")
 
@@ -720,8 +720,7 @@ def _warmup_plot(run: RunFolder) -> list[Plot]:
     values = run.warmup["step_size"]
     if values.size == 0:  # a run without warm-up
         return []
-    over = run.manifest.get("stage") in STAGES[2:]
-    return [figures.step_size(values, run.failed, run.manifest.get("warmup") if over else None)]
+    return [figures.step_size(values, run.failed, run.manifest["warmup"])]
 
 
 def _prediction_plots(run: RunFolder) -> list[Plot]:
@@ -771,12 +770,9 @@ def facts(run: RunFolder) -> list[tuple[str, str]]:
         ]
         sampled = data.get("sampled_on")
         add("Split", ", ".join(split) + (f"; posterior sampled on {sampled}" if sampled else ""))
-    targets = [str(name) for name in data.get("targets") or []]
-    more = f" and {len(targets) - 20} more" if len(targets) > 20 else ""
-    add("Target" if len(targets) == 1 else "Targets", ", ".join(targets[:20]) + more)
-    classes = [str(label) for label in data.get("classes") or []]
-    more = f" and {len(classes) - 20} more" if len(classes) > 20 else ""
-    add("Classes", ", ".join(classes[:20]) + more)
+    targets, classes = data.get("targets") or [], data.get("classes") or []
+    add("Target" if len(targets) == 1 else "Targets", _listed(targets))
+    add("Classes", _listed(classes))
     if len(targets) > MAX_TARGETS:
         add("Drawn", f"the first {MAX_TARGETS} of {len(targets)} targets")
     if manifest.get("parameters"):
@@ -790,7 +786,8 @@ def facts(run: RunFolder) -> list[tuple[str, str]]:
         if manifest.get("draws"):
             thin = manifest.get("thin") or 1
             plan.append(
-                plural(manifest["draws"], "draw") + (f", every {thin}th step" if thin > 1 else "")
+                plural(manifest["draws"], "draw")
+                + (f", one every {thin} steps" if thin > 1 else "")
             )
         add("Sampler", "; ".join(plan))
     if devices:
@@ -804,6 +801,11 @@ def facts(run: RunFolder) -> list[tuple[str, str]]:
     versions = {"bnnmcmc": manifest.get("bnnmcmc"), **(manifest.get("versions") or {})}
     add("Versions", ", ".join(f"{name} {v}" for name, v in versions.items() if v))
     return found
+
+
+def _listed(names: list[Any]) -> str:
+    text = ", ".join(str(name) for name in names[:MAX_LISTED])
+    return text + (f" and {len(names) - MAX_LISTED:,} more" if len(names) > MAX_LISTED else "")
 
 
 def _seconds(seconds: dict[str, float]) -> list[dict[str, Any]]:
@@ -831,7 +833,26 @@ def _settings(run: RunFolder) -> list[tuple[str, str]]:
     if run.config_text and not run.config:
         return [("config.toml", run.config_text)]
     return [
-        (f"[{name}]", tomli_w.dumps(section).strip())
+        (f"[{name}]", "\n".join(_toml_lines(section)))
         for name, section in run.config.items()
         if isinstance(section, dict)
     ]
+
+
+def _toml_lines(section: dict[str, Any], prefix: str = "") -> list[str]:
+    """Write a section as TOML with dotted keys, one line per value, long lists cut short."""
+    lines = []
+    for key, value in section.items():
+        if isinstance(value, dict):
+            lines += _toml_lines(value, f"{prefix}{key}.")
+        elif isinstance(value, list):
+            items = [_toml_value(item) for item in value[:MAX_LISTED]]
+            rest = f", ... ({len(value):,} in all)" if len(value) > MAX_LISTED else ""
+            lines.append(f"{prefix}{key} = [{', '.join(items)}{rest}]")
+        else:
+            lines.append(f"{prefix}{key} = {_toml_value(value)}")
+    return lines
+
+
+def _toml_value(value: Any) -> str:
+    return tomli_w.dumps({"value": value}).strip().removeprefix("value = ")

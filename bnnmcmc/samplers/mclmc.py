@@ -20,6 +20,8 @@ MAX_TUNING_DRAWS = 1000
 MAX_TUNING_COORDINATES = 1000
 # A phase with fewer draws than this says nothing about L, which then stays as it was.
 MIN_TUNING_DRAWS = 10
+# Relative energy errors below this are rounding, and say only that the step size is too small.
+ROUNDING = 1e-6
 
 
 class MCLMCParams(NamedTuple):
@@ -47,7 +49,6 @@ class MILEState(NamedTuple):
     weight_sum: jax.Array
     weighted_error: jax.Array
     max_step_size: jax.Array
-    wanted: jax.Array
     moment_weight: jax.Array
     mean: jax.Array
     squares: jax.Array
@@ -67,18 +68,21 @@ def mclmc(
     error :math:`\Delta E`: with :math:`\xi = \Delta E^2 / (d v)`, weights
     :math:`w = \exp(-\tfrac12 (\ln \xi / 9)^2)` and memory :math:`\lambda = 99/101`,
 
-    .. math:: \bar x \leftarrow \lambda \bar x + w \xi \epsilon^{-6}, \quad
+    .. math:: \bar x \leftarrow \lambda \bar x + w \xi v \epsilon^{-6}, \quad
               \tau \leftarrow \lambda \tau + w, \quad
-              \epsilon = (\bar x / \tau)^{-1/6},
+              \epsilon = (v \tau / \bar x)^{1/6},
 
     where the wanted energy variance per dimension v falls linearly from
-    ``energy_variance_start`` to ``energy_variance_end``. In the next tenth the moments of the
+    ``energy_variance_start`` to ``energy_variance_end``. (MILE averages
+    :math:`\xi \epsilon^{-6}`, which remembers v as well: while v falls, the step size lags
+    behind. With constant v both are the same.) In the next tenth the moments of the
     position give :math:`L = \sqrt{\sum_i \mathrm{Var}[\theta_i]}` (the step size still adapts);
     in the last tenth :math:`L = 0.4\, \epsilon\, \mathrm{mean}_i(n / \mathrm{ESS}_i)`. Starts at
     :math:`L = \max(\sqrt d, 15)`. A step that leaves the finite numbers is taken back and caps
-    the step size at 0.8 of what it was. A warm-up that ends early, at v, hands over
-    :math:`\epsilon (v_\mathrm{end} / v)^{1/6}`: the draws are not hotter for it. L stays as it is
-    where a phase has fewer than ten draws.
+    the step size at 0.8 of what it was; as long as energy errors are no more than rounding, the
+    step size doubles. A warm-up that ends early hands over the step size for
+    ``energy_variance_end``, so its draws are not hotter. L stays as it is where a phase has fewer
+    than ten draws.
 
     Parameters
     ----------
@@ -167,7 +171,6 @@ def mile_warmup(step, num_steps, variance_start, variance_end, initial_step_size
             zero,
             zero,
             jnp.asarray(jnp.inf, dtype),
-            jnp.asarray(variance_end, dtype),
             zero,
             jnp.zeros_like(position),
             jnp.zeros_like(position),
@@ -175,28 +178,36 @@ def mile_warmup(step, num_steps, variance_start, variance_end, initial_step_size
             jnp.zeros((), jnp.int32),
         )
 
+    def step_size_for(variance, a: MILEState) -> jax.Array:
+        growth = (variance * a.weight_sum / a.weighted_error) ** (1.0 / 6.0)
+        growth = jnp.where(a.weight_sum > 0, growth, 1.0)
+        return jnp.minimum(a.params.step_size * growth, a.max_step_size)
+
     def tune_step_size(a: MILEState, info: MCLMCInfo, t) -> MILEState:
-        progress = jnp.minimum(t / max(end_moments - 1, 1), 1.0).astype(a.wanted.dtype)
-        wanted = variance_start * (1 - progress) + variance_end * progress
         epsilon = a.params.step_size
+        progress = jnp.minimum(t / max(end_moments - 1, 1), 1.0).astype(epsilon.dtype)
+        wanted = variance_start * (1 - progress) + variance_end * progress
         xi = info.energy_error_squared / wanted + 1e-8
         # A step taken back, or an error whose square overflows, says only that epsilon was too
         # large.
         failed = info.diverging | ~jnp.isfinite(xi)
-        xi = jnp.where(failed, 1.0, xi)
-        weight = jnp.where(failed, 0.0, jnp.exp(-0.5 * jnp.square(jnp.log(xi) / (6.0 * 1.5))))
-        longest = jnp.where(failed, 0.8 * epsilon, a.max_step_size)
-        # In units of the first step size: epsilon**6 alone leaves the range of float32.
-        error = memory * a.weighted_error + weight * xi / (epsilon / initial_step_size) ** 6
-        total = memory * a.weight_sum + weight
-        fitted = initial_step_size * (error / total) ** (-1.0 / 6.0)
-        fitted = jnp.where(total > 0, fitted, epsilon)
+        # Such errors would be remembered for long, and hold a far too small step size back.
+        tiny = ~failed & (xi < ROUNDING) & (a.weight_sum == 0)
+        unused = failed | tiny
+        xi = jnp.where(unused, 1.0, xi)
+        weight = jnp.where(unused, 0.0, jnp.exp(-0.5 * jnp.square(jnp.log(xi) / (6.0 * 1.5))))
+        # The average is kept times the sixth power of the step size in use, which alone would
+        # leave the range of float32.
+        a = a._replace(
+            params=a.params._replace(step_size=jnp.where(tiny, 2.0 * epsilon, epsilon)),
+            weighted_error=memory * a.weighted_error + weight * xi * wanted,
+            weight_sum=memory * a.weight_sum + weight,
+            max_step_size=jnp.where(failed, 0.8 * epsilon, a.max_step_size),
+        )
+        step_size = step_size_for(wanted, a)
         return a._replace(
-            params=a.params._replace(step_size=jnp.minimum(fitted, longest)),
-            weighted_error=error,
-            weight_sum=total,
-            max_step_size=longest,
-            wanted=wanted,
+            params=a.params._replace(step_size=step_size),
+            weighted_error=a.weighted_error * (step_size / epsilon) ** 6,
         )
 
     def add_moments(a: MILEState, position: jax.Array, info: MCLMCInfo) -> MILEState:
@@ -245,9 +256,7 @@ def mile_warmup(step, num_steps, variance_start, variance_end, initial_step_size
         return state, a, info
 
     def finish(a: MILEState) -> MCLMCParams:
-        # The energy error's variance grows with the sixth power of the step size.
-        step_size = a.params.step_size * (variance_end / a.wanted) ** (1.0 / 6.0)
-        params = a.params._replace(step_size=jnp.minimum(step_size, a.max_step_size))
+        params = a.params._replace(step_size=step_size_for(variance_end, a))
         if capacity < MIN_TUNING_DRAWS:
             return params
         # effective_sample_size wants (chain, draw, coordinate).
