@@ -147,6 +147,11 @@ class Encoding:
             )
         )
 
+    @property
+    def target_scale(self) -> np.ndarray:
+        """What a scaled target is multiplied by, (targets,)."""
+        return np.array([target.scale for target in self.targets])
+
     def to_json(self) -> dict[str, Any]:
         """Return a dict of JSON types.
 
@@ -1541,7 +1546,7 @@ def target_to_units(encoding: Encoding, y_scaled: np.ndarray) -> np.ndarray:
     count = len(encoding.targets)
     if y.ndim == 0 or y.shape[-1] != count:
         raise InputError(f"scaled targets of shape {y.shape}: expected (..., {count})")
-    return y * [t.scale for t in encoding.targets] + [t.center for t in encoding.targets]
+    return y * encoding.target_scale + [t.center for t in encoding.targets]
 
 
 # -------------------------------------------------------------------------------------- files

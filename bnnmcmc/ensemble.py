@@ -412,12 +412,12 @@ def fit_ensemble(
     Raises
     ------
     InputError
-        Fewer rows than a batch.
+        Fewer rows than a batch, or data that do not fit the model.
     """
     placement = placement or place(members)
     validation = x_validation is not None and len(x_validation) > 0
-    training_rows = _cast(posterior, x, y)
-    held_out = _cast(posterior, x_validation, y_validation) if validation else training_rows
+    training_rows = posterior.arrays(x, y)
+    held_out = posterior.arrays(x_validation, y_validation) if validation else training_rows
     training = build_training(
         posterior,
         optimiser or make_optimiser(),
@@ -437,9 +437,3 @@ def fit_ensemble(
         if on_block:
             on_block(block._replace(members=None))
     return finish_ensemble(training, state, np.concatenate(history, axis=1))
-
-
-def _cast(posterior, x, y) -> tuple[jax.Array, jax.Array]:
-    dtype = jnp.result_type(float)
-    target = dtype if posterior.likelihood.task == "regression" else jnp.int32
-    return jnp.asarray(x, dtype), jnp.asarray(y, target)

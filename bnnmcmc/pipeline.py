@@ -23,15 +23,14 @@ from rich.console import Console
 
 from bnnmcmc import build, diagnostics, progress, store, trees
 from bnnmcmc.config import Config, to_toml
-from bnnmcmc.data import Dataset, fingerprint, save_dataset
+from bnnmcmc.data import Dataset, fingerprint, save_dataset, target_to_units
 from bnnmcmc.ensemble import build_training, finish_ensemble, run_epochs, start_members
 from bnnmcmc.errors import InputError
 from bnnmcmc.keys import stage_key
 from bnnmcmc.placement import Placement, gather, replicate, spread
-from bnnmcmc.posterior import Posterior, check_finite, check_outputs
+from bnnmcmc.posterior import Posterior, check_finite
 from bnnmcmc.prediction import in_target_units
 from bnnmcmc.predictive import draws_in_memory, pool
-from bnnmcmc.report.page import write_report
 from bnnmcmc.run import (
     Run,
     check_precision,
@@ -307,6 +306,9 @@ def _advance(job: Job) -> bool:
 
 
 def _finish(job: Job) -> bool:
+    # Pictures need matplotlib and SciPy: seconds that a run should not begin with.
+    from bnnmcmc.report.page import write_report
+
     with _timed(job, "results"), job.console.status("scores, diagnostics and report"):
         write_results(Run.open(job.store.folder), job.store, job.config.run.arviz)
     # The report shows the time of this very stage, so it comes last, after the commit.
@@ -323,9 +325,8 @@ def train_ensemble(job: Job) -> bool:
     """Train all members; return False if interrupted."""
     config, dataset = job.config.ensemble, job.dataset
     dtype = jnp.result_type(float)
-    target = dtype if job.config.task == "regression" else jnp.int32
-    parts = (dataset.train, dataset.validation if len(dataset.validation) else dataset.train)
-    arrays = [(jnp.asarray(dataset.x[p], dtype), jnp.asarray(dataset.y[p], target)) for p in parts]
+    held_out = dataset.validation if len(dataset.validation) else dataset.train
+    rows = [job.posterior.arrays(dataset.x[p], dataset.y[p]) for p in (dataset.train, held_out)]
     training = build_training(
         job.posterior,
         build.make_ensemble_optimiser(job.config),
@@ -336,7 +337,7 @@ def train_ensemble(job: Job) -> bool:
         max_epochs=config.max_epochs,
         patience=config.patience,
     )
-    data = replicate((*arrays[0], *arrays[1]), job.placement)
+    data = replicate((*rows[0], *rows[1]), job.placement)
     entry = job.manifest["checkpoint"]
     if entry is None:
         members, done = start_members(training, job.seed), 0
@@ -613,10 +614,8 @@ def _write_scores(run: Run, folder: Path) -> None:
             "classes": np.array([str(label) for label in encoding.classes or ()]),
         }
     else:
-        scale = np.array([target.scale for target in encoding.targets])
-        center = np.array([target.center for target in encoding.targets])
         arrays |= {
-            "y": y * scale + center,
+            "y": target_to_units(encoding, y),
             "mean": prediction.mean,
             "sd": prediction.sd,
             "epistemic_sd": prediction.epistemic_sd,
@@ -641,11 +640,7 @@ def check_model(config: Config, dataset: Dataset) -> tuple[Posterior, Placement]
     build.make_kernel(config)
     build.make_ensemble_optimiser(config)
     placement = build.make_placement(config)
-    x, y = build.sampling_rows(config, dataset)
-    dtype = jnp.result_type(float)
-    x = jnp.asarray(x, dtype)
-    y = jnp.asarray(y, dtype if config.task == "regression" else jnp.int32)
-    check_outputs(posterior, x, y)
+    x, y = posterior.arrays(*build.sampling_rows(config, dataset))
     key = stage_key(config.run.seed, "ensemble-init")
     count = min(config.ensemble.members, CHECKED_STARTS)
     starts = [posterior.init(jax.random.fold_in(key, i)) for i in range(count)]
@@ -779,10 +774,8 @@ def _index_and_key(placement: Placement, seed: int, stage: str) -> tuple[jax.Arr
 
 
 def _sampling_data(job: Job) -> tuple[jax.Array, jax.Array]:
-    x, y = build.sampling_rows(job.config, job.dataset)
-    dtype = jnp.result_type(float)
-    target = dtype if job.config.task == "regression" else jnp.int32
-    return replicate((jnp.asarray(x, dtype), jnp.asarray(y, target)), job.placement)
+    rows = build.sampling_rows(job.config, job.dataset)
+    return replicate(job.posterior.arrays(*rows), job.placement)
 
 
 def _program(job: Job) -> Program:

@@ -35,6 +35,29 @@ class Posterior:
     likelihood: Likelihood
     prior: Prior
 
+    def arrays(self, x, y) -> tuple[jax.Array, jax.Array]:
+        """Return rows as this model computes with them: in JAX's precision, classes as integers.
+
+        Parameters
+        ----------
+        x : array (rows, features)
+        y : array (rows, targets), or (rows,) class indices
+
+        Returns
+        -------
+        tuple of two jax.Array
+
+        Raises
+        ------
+        InputError
+            They do not fit the model (see `check_outputs`).
+        """
+        dtype = jnp.result_type(float)
+        x = jnp.asarray(x, dtype)
+        y = jnp.asarray(y, dtype if self.likelihood.task == "regression" else jnp.int32)
+        check_outputs(self, x, y)
+        return x, y
+
     def init(self, key: jax.Array) -> Any:
         """Return a start position: the network's own initialisation."""
         return {"likelihood": self.likelihood.init(), "network": self.network.init(key)}

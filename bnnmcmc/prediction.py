@@ -148,21 +148,17 @@ def in_target_units(pooled: Pooled, encoding: Encoding | None) -> Prediction:
         return Prediction((target,), probabilities=pooled.probabilities, classes=classes)
     assert pooled.mean is not None and pooled.variance is not None
     assert pooled.epistemic is not None and pooled.samples is not None
-    if encoding is None:
-        count = pooled.mean.shape[1]
-        names = ("y",) if count == 1 else tuple(f"y{i}" for i in range(1, count + 1))
-        scale, convert = np.ones(count), np.asarray
-    else:
-        names = tuple(target.name for target in encoding.targets)
-        scale = np.array([target.scale for target in encoding.targets])
-
-        def convert(values):
-            return target_to_units(encoding, values)
-
+    mean, samples = pooled.mean, pooled.samples
+    count = mean.shape[1]
+    names = ("y",) if count == 1 else tuple(f"y{i}" for i in range(1, count + 1))
+    scale = np.ones(count)
+    if encoding is not None:
+        names, scale = tuple(target.name for target in encoding.targets), encoding.target_scale
+        mean, samples = target_to_units(encoding, mean), target_to_units(encoding, samples)
     return Prediction(
         names,
-        mean=convert(pooled.mean),
+        mean=mean,
         sd=np.sqrt(pooled.variance) * scale,
         epistemic_sd=np.sqrt(pooled.epistemic) * scale,
-        samples=convert(pooled.samples),
+        samples=samples,
     )

@@ -80,33 +80,30 @@ class Pooled:
 def _batches(draws: Draws) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yield (draw number, flat position) batches of BATCH draws (the last may be shorter).
 
-    A draw's number is ``draw * chains + chain``: it does not depend on how draws are stored.
-    Small blocks are gathered, for a batch costs the same however full it is.
+    A draw's number is ``draw * chains + chain``, and draws come in that order, however they are
+    stored: sums over batches are then the same to the last bit, too.
     """
-    parts: list[tuple[np.ndarray, np.ndarray]] = []
-    held = seen = 0
+    held = np.empty((0, draws.layout.size))
+    first = seen = 0
+    for piece in _pieces(draws):
+        seen += len(piece)
+        held = np.concatenate([held, piece]) if len(held) else piece
+        while len(held) >= BATCH:
+            yield first + np.arange(BATCH), held[:BATCH]
+            first, held = first + BATCH, held[BATCH:]
+    if len(held):
+        yield first + np.arange(len(held)), held
+    if seen != draws.chains * draws.draws:
+        found = seen // draws.chains
+        raise ValueError(f"blocks() gave {found} draws per chain, expected {draws.draws}")
+
+
+def _pieces(draws: Draws) -> Iterator[np.ndarray]:
+    """Yield (count, size) flat positions, all chains of a draw together, about BATCH at a time."""
+    count = -(-BATCH // draws.chains)
     for block in draws.blocks():
-        numbers = (seen + np.arange(block.shape[1])) * draws.chains
-        numbers = (numbers + np.arange(draws.chains)[:, None]).reshape(-1)
-        parts.append((numbers, block.reshape(-1, block.shape[-1])))
-        seen += block.shape[1]
-        held += len(numbers)
-        if held >= BATCH:
-            numbers, flat = _joined(parts)
-            whole = held - held % BATCH
-            for low in range(0, whole, BATCH):
-                yield numbers[low : low + BATCH], flat[low : low + BATCH]
-            parts, held = [(numbers[whole:], flat[whole:])], held - whole
-    if held:
-        yield _joined(parts)
-    if seen != draws.draws:
-        raise ValueError(f"blocks() gave {seen} draws per chain, expected {draws.draws}")
-
-
-def _joined(parts: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
-    if len(parts) == 1:  # all draws in one block: do not copy them
-        return parts[0]
-    return np.concatenate([p[0] for p in parts]), np.concatenate([p[1] for p in parts])
+        for low in range(0, block.shape[1], count):
+            yield np.swapaxes(block[:, low : low + count], 0, 1).reshape(-1, block.shape[-1])
 
 
 def pool(posterior, draws: Draws, x, y=None, *, seed: int = 0) -> Pooled:

@@ -114,10 +114,8 @@ def _memory(config: Config, dataset: Dataset, of: trees.Layout) -> float:
 
 def _epoch_seconds(config, dataset: Dataset, posterior, placement: Placement) -> float:
     chosen = config.ensemble
-    dtype = jnp.result_type(float)
-    target = dtype if config.task == "regression" else jnp.int32
-    parts = (dataset.train, dataset.validation if len(dataset.validation) else dataset.train)
-    arrays = [(jnp.asarray(dataset.x[p], dtype), jnp.asarray(dataset.y[p], target)) for p in parts]
+    held_out = dataset.validation if len(dataset.validation) else dataset.train
+    rows = [posterior.arrays(dataset.x[p], dataset.y[p]) for p in (dataset.train, held_out)]
     training = build_training(
         posterior,
         build.make_ensemble_optimiser(config),
@@ -128,7 +126,7 @@ def _epoch_seconds(config, dataset: Dataset, posterior, placement: Placement) ->
         max_epochs=6,
         patience=chosen.patience,
     )
-    data = replicate((*arrays[0], *arrays[1]), placement)
+    data = replicate((*rows[0], *rows[1]), placement)
     members = start_members(training, config.run.seed)
     blocks = run_epochs(training, members, config.run.seed, data, max_count=2)
     seconds = [block.seconds / block.count for block in blocks]
@@ -136,13 +134,11 @@ def _epoch_seconds(config, dataset: Dataset, posterior, placement: Placement) ->
 
 
 def _gradient_seconds(config, dataset, posterior, placement, of: trees.Layout) -> float:
-    x, y = build.sampling_rows(config, dataset)
-    dtype = jnp.result_type(float)
-    target = dtype if config.task == "regression" else jnp.int32
-    data = replicate((jnp.asarray(x, dtype), jnp.asarray(y, target)), placement)
+    rows = build.sampling_rows(config, dataset)
+    data = replicate(posterior.arrays(*rows), placement)
 
     def walk(flat, count, x, y):
-        unravel = trees.unraveler(trees.unflatten(jnp.zeros((of.size,), dtype), of))
+        unravel = trees.unraveler(trees.unflatten(jnp.zeros((of.size,)), of))
         gradient = jax.grad(lambda flat: posterior.log_density(unravel(flat), x, y))
         # Each gradient feeds the next, so that none can be left out.
         return jax.lax.fori_loop(0, count, lambda i, flat: flat + 1e-9 * gradient(flat), flat)

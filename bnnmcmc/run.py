@@ -21,6 +21,7 @@ from bnnmcmc.data import (
     fingerprint,
     load_dataset,
     table_from_arrays,
+    target_to_units,
 )
 from bnnmcmc.errors import InputError
 from bnnmcmc.posterior import Posterior
@@ -53,6 +54,8 @@ class Run:
     dataset : Dataset, optional
         With the encoding of rows, the scaling and the split; without it, predictions take and
         give numbers on the scale of ``x`` and ``y``.
+    warmup_stats : dict, optional
+        name -> numpy array (chain, record), evenly spaced over the warm-up.
     members : pytree, optional
         Weights of the ensemble that started the chains, (member, *leaf).
     validation_loss : numpy array (member,), optional
@@ -74,6 +77,7 @@ class Run:
     status: tuple[health.ChainStatus, ...]
     seed: int = 0
     dataset: Dataset | None = None
+    warmup_stats: dict[str, np.ndarray] | None = None
     members: Any = None
     validation_loss: np.ndarray | None = None
     folder: Path | None = None
@@ -142,6 +146,7 @@ class Run:
             tuple(chain_status(draws, stats, manifest["thin"])),
             manifest["seed"],
             dataset,
+            store.read_arrays(folder / "warmup.npz"),
             members,
             losses,
             folder,
@@ -254,14 +259,13 @@ class Run:
             every = max(1, -(-self.draws.draws * draw_bytes // ARVIZ_BYTES))
         if every < 1:
             raise InputError(f"every: found {every}, expected at least 1")
-        found = per_draw(self.posterior, self.draws, self.x, self.y, every=every)
+        found = per_draw(self.posterior, self.draws, self.x, self.y, every=every, seed=self.seed)
         encoding, classes = self.encoding, None
         if "samples" in found:
             predicted, observed = found["samples"], np.asarray(self.y)
             if encoding is not None:
-                scale = np.array([target.scale for target in encoding.targets])
-                center = np.array([target.center for target in encoding.targets])
-                predicted, observed = predicted * scale + center, observed * scale + center
+                predicted = target_to_units(encoding, predicted)
+                observed = target_to_units(encoding, observed)
                 targets = tuple(target.name for target in encoding.targets)
             else:
                 targets = tuple(f"y{i}" for i in range(1, observed.shape[1] + 1))
@@ -277,6 +281,7 @@ class Run:
         return diagnostics.to_datatree(
             draws=dict(zip(names, trees.split_flat(flat, self.draws.layout), strict=True)),
             stats={name: values[:, ::every] for name, values in self.stats.items()},
+            warmup_stats=self.warmup_stats,
             log_likelihood=found["log_density"],
             posterior_predictive=predicted,
             observed=observed,
@@ -328,11 +333,9 @@ def sample(posterior: Posterior, positions: Any, x, y, **options) -> Run:
     Raises
     ------
     InputError
-        As `sample_density`.
+        Data that do not fit the model, or as `sample_density`.
     """
-    dtype = jnp.result_type(float)
-    x = jnp.asarray(x, dtype)
-    y = jnp.asarray(y, dtype if posterior.likelihood.task == "regression" else jnp.int32)
+    x, y = posterior.arrays(x, y)
     samples = sample_density(posterior.log_density, positions, data=(x, y), **options)
     draws = draws_in_memory(samples.draws)
     status = chain_status(draws, samples.stats, options.get("thin", 1))
@@ -344,6 +347,7 @@ def sample(posterior: Posterior, positions: Any, x, y, **options) -> Run:
         y,
         tuple(status),
         options.get("seed", 0),
+        warmup_stats=samples.warmup_stats,
         members=positions,
     )
 
@@ -374,7 +378,7 @@ def scores(pooled: Pooled, y: np.ndarray, encoding: Encoding | None) -> dict[str
     )
     if encoding is None:
         return {"standardised": found, "target": found}
-    scale = np.array([target.scale for target in encoding.targets])
+    scale = encoding.target_scale
     # Densities change by the Jacobian, sum over targets of ln scale; centres cancel in all scores.
     in_units = metrics.regression_scores(
         np.asarray(y) * scale,

@@ -452,26 +452,3 @@ def join_stats(blocks: list[Block]) -> dict[str, np.ndarray]:
     if not blocks:
         return {}
     return {n: np.concatenate([b.stats[n] for b in blocks], axis=1) for n in blocks[0].stats}
-
-
-def sample(posterior, positions: Any, x, y, **options) -> Samples:
-    """Sample a neural network's posterior with one chain per start position.
-
-    Parameters
-    ----------
-    posterior : Posterior
-    positions : pytree
-        Start positions (chain, *leaf), for example ``fit_ensemble(...).positions``.
-    x : array (rows, features)
-    y : array (rows, targets) or (rows,)
-    **options
-        As in `sample_density`: kernel, warmup, draws, thin, seed, placement, on_block.
-
-    Returns
-    -------
-    Samples
-    """
-    dtype = jnp.result_type(float)
-    x = jnp.asarray(x, dtype)
-    y = jnp.asarray(y, dtype if posterior.likelihood.task == "regression" else jnp.int32)
-    return sample_density(posterior.log_density, positions, data=(x, y), **options)

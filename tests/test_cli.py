@@ -71,10 +71,13 @@ def test_run_folder_is_complete(finished):
 def test_set_changes_every_kind_of_key(tiny, cli):
     (tiny / "table.csv").rename(tiny / "other.csv")
     settings = ["data.path=other.csv", "sampler.draws=7", "model.hidden=[3]", "run.seed=5"]
-    settings += ["sampler.kernel=nuts", "sampler.thin=1", "sampler.warmup=30", "sampler.max_depth=3"]
-    code, out, err = cli(
-        "run", "tiny.toml", "--out", "r", "--set", *settings, "--quiet", cwd=tiny
-    )
+    settings += [
+        "sampler.kernel=nuts",
+        "sampler.thin=1",
+        "sampler.warmup=30",
+        "sampler.max_depth=3",
+    ]
+    code, out, err = cli("run", "tiny.toml", "--out", "r", "--set", *settings, "--quiet", cwd=tiny)
     assert code == 0, err
     assert err == ""
     manifest = json.loads((tiny / "r" / "manifest.json").read_text())
@@ -184,7 +187,9 @@ def test_time_budget_is_kept_with_everything_usable(tiny, cli):
     assert "time budget" in out
     # The work itself; a busy machine may take longer to start Python.
     assert sum(manifest["seconds"].values()) < 40
-    assert math.isfinite(json.loads((tiny / "r" / "metrics.json").read_text())["test"]["posterior"]["lppd"])
+    assert math.isfinite(
+        json.loads((tiny / "r" / "metrics.json").read_text())["test"]["posterior"]["lppd"]
+    )
 
 
 def test_classification_with_text_labels(tiny, cli):
