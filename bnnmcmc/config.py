@@ -220,7 +220,7 @@ class MCLMCConfig(SamplerSection):
     """[sampler] kernel = "mclmc": microcanonical Langevin, unadjusted, the default."""
 
     kernel: Literal["mclmc"] = "mclmc"
-    warmup: int = Field(default=5000, ge=0, description="warm-up steps per chain")
+    warmup: int = Field(default=10_000, ge=0, description="warm-up steps per chain")
     draws: int = Field(default=1000, ge=1, description="kept draws per chain")
     thin: int = Field(default=10, ge=1, description="steps per kept draw")
     integrator: Literal["leapfrog", "minimal_norm"] = "leapfrog"

@@ -643,8 +643,8 @@ def check_model(config: Config, dataset: Dataset) -> tuple[Posterior, Placement]
     x, y = posterior.arrays(*build.sampling_rows(config, dataset))
     key = stage_key(config.run.seed, "ensemble-init")
     count = min(config.ensemble.members, CHECKED_STARTS)
-    starts = [posterior.init(jax.random.fold_in(key, i)) for i in range(count)]
-    check_finite(posterior, trees.stack(starts), x, y, label="member")
+    starts = jax.jit(jax.vmap(lambda i: posterior.init(jax.random.fold_in(key, i))))
+    check_finite(posterior, starts(jnp.arange(count)), x, y, label="member")
     return posterior, placement
 
 

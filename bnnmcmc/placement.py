@@ -175,9 +175,10 @@ def spread(tree: Any, placement: Placement) -> Any:
     sharding = NamedSharding(_mesh(placement), P(AXIS))
 
     def put(leaf):
-        leaf = jnp.asarray(leaf)
+        # NumPy for what is on the host: JAX would compile a concatenation for every shape.
+        xp = np if isinstance(leaf, np.ndarray) else jnp
         if extra:
-            leaf = jnp.concatenate([leaf, jnp.repeat(leaf[-1:], extra, axis=0)])
+            leaf = xp.concatenate([leaf, xp.repeat(leaf[-1:], extra, axis=0)])
         return jax.device_put(leaf, sharding)
 
     return jax.tree.map(put, tree)

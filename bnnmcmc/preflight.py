@@ -145,10 +145,8 @@ def _gradient_seconds(config, dataset, posterior, placement, of: trees.Layout) -
 
     compiled = over_chains(walk, placement)
     key = stage_key(config.run.seed, "ensemble-init")
-    starts = trees.stack(
-        [posterior.init(jax.random.fold_in(key, i)) for i in range(placement.chains)]
-    )
-    flat = spread(trees.flatten_stacked(starts), placement)
+    starts = jax.jit(jax.vmap(lambda i: posterior.init(jax.random.fold_in(key, i))))
+    flat = spread(trees.flatten_stacked(starts(jnp.arange(placement.chains))), placement)
     jax.block_until_ready(compiled(flat, np.int32(1), *data))
     count, seconds = 4, 0.0
     while seconds < 0.3 and count < 10_000:

@@ -46,7 +46,7 @@ patience = 200                 # epochs without a better validation loss
 
 [sampler]
 kernel = "mclmc"               # or nuts, hmc: exact, and many times dearer
-warmup = 5000                  # steps per chain
+warmup = 10000                 # steps per chain
 draws = 1000                   # kept per chain
 thin = 10                      # steps per kept draw
 

@@ -1,8 +1,12 @@
 """Every test sees two CPU devices, whatever the machine: sharding is then always on."""
 
+import atexit
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +14,9 @@ import pytest
 from bnnmcmc.placement import use_all_cores
 
 use_all_cores(2)
+
+CACHE = Path(tempfile.mkdtemp(prefix="bnnmcmc-tests-"))
+atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
 
 TINY = """
 [data]
@@ -39,7 +46,14 @@ arviz = "none"
 
 def start_cli(*arguments, cwd, **options):
     """Start the command line as a process, as a user's shell would."""
-    environment = {**os.environ, "COLUMNS": "200", "BNNMCMC_DATA": ""}
+    environment = {
+        **os.environ,
+        "COLUMNS": "200",
+        "BNNMCMC_DATA": "",
+        # The same few programs again and again: compile them once for all tests.
+        "JAX_COMPILATION_CACHE_DIR": str(CACHE),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
     return subprocess.Popen(
         [sys.executable, "-W", "error::UserWarning", "-m", "bnnmcmc", *map(str, arguments)],
         cwd=cwd,

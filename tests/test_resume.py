@@ -121,9 +121,7 @@ def test_one_run_stopped_in_every_stage(tiny, undisturbed, cli):
 @pytest.mark.parametrize("stage", STAGES)
 def test_killed_at_random_moments(tiny, undisturbed, cli, stage, moment):
     delay = random.Random(f"{stage} {moment}").uniform(0, 0.5)
-    process = start_cli(
-        "run", "tiny.toml", "--out", "run", "--quiet", "--set", *SETTINGS, cwd=tiny
-    )
+    process = start_cli("run", "tiny.toml", "--out", "run", "--quiet", "--set", *SETTINGS, cwd=tiny)
     assert stop_in(process, tiny / "run", stage, delay, signal.SIGKILL)
     process.communicate(timeout=60)
     finish(tiny / "run", tiny, cli)
@@ -153,9 +151,7 @@ def test_block_size_does_not_change_the_draws(tiny, undisturbed, cli):
 
 
 def test_two_processes_cannot_work_on_one_run(tiny, cli):
-    process = start_cli(
-        "run", "tiny.toml", "--out", "run", "--quiet", "--set", *SETTINGS, cwd=tiny
-    )
+    process = start_cli("run", "tiny.toml", "--out", "run", "--quiet", "--set", *SETTINGS, cwd=tiny)
     while process.poll() is None and committed(tiny / "run")[0] < 0:
         time.sleep(0.01)
     os.kill(process.pid, signal.SIGSTOP)
