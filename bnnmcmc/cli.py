@@ -3,6 +3,7 @@
 import re
 import shlex
 import sys
+import time
 from pathlib import Path
 from typing import Annotated
 
@@ -12,6 +13,9 @@ from rich.console import Console
 from rich.markup import escape
 
 from bnnmcmc.errors import InputError
+
+# A time budget counts from here, not from when JAX has loaded.
+STARTED = time.monotonic()
 
 app = cyclopts.App(
     name="bnnmcmc",
@@ -104,7 +108,7 @@ def run(
     out
         The run folder, which must be new; by default runs/NAME, runs/NAME-2, ...
     """
-    budget = None if time_budget is None else seconds(time_budget)
+    _budget(time_budget)  # a mistake in it shows before anything loads
     experiment, dataset = _experiment(config, set)
     from bnnmcmc.pipeline import start_run
 
@@ -116,7 +120,7 @@ def run(
         name=config.stem,
         command=shlex.join(["bnnmcmc", *sys.argv[1:]]),
         console=_console(quiet),
-        budget=budget,
+        budget=_budget(time_budget),
     )
     return _end(folder, done)
 
@@ -142,7 +146,7 @@ def resume(
         Go on although package versions have changed; the draws are then not bit for bit those
         of an undisturbed run.
     """
-    budget = None if time_budget is None else seconds(time_budget)
+    _budget(time_budget)  # a mistake in it shows before anything loads
     _configure_for(folder)
     from bnnmcmc.pipeline import resume_run
 
@@ -150,7 +154,7 @@ def resume(
         folder,
         console=_console(quiet),
         draws=draws,
-        budget=budget,
+        budget=_budget(time_budget),
         other_versions=other_versions,
     )
     return _end(folder, done)
@@ -268,6 +272,11 @@ def sweep(
 
     folder = out or Path("runs") / f"{config.stem}-sweep"
     return run_sweep(config, grid or [], seeds, folder, set or [])
+
+
+def _budget(text: str | None) -> float | None:
+    """Return what is left of a time budget by now, in seconds."""
+    return None if text is None else seconds(text) - (time.monotonic() - STARTED)
 
 
 def seconds(text: str) -> float:

@@ -220,8 +220,13 @@ class Run:
         pooled = pool(self.posterior, self.pooled_draws, x, target, seed=self.seed)
         return scores(pooled, target, self.encoding)[units]
 
-    def function_draws(self) -> np.ndarray:
+    def function_draws(self, every: int = 1) -> np.ndarray:
         """Return each draw's predictions at a few held-out rows, for diagnostics.
+
+        Parameters
+        ----------
+        every : int
+            Keep every so many draws.
 
         Returns
         -------
@@ -232,7 +237,8 @@ class Run:
         x = self.x
         if self.dataset is not None and len(self.dataset.test):
             x = self.dataset.x[self.dataset.test]
-        found = per_draw(self.posterior, self.draws, x[:: max(1, -(-len(x) // MAX_FUNCTION_ROWS))])
+        few = x[:: max(1, -(-len(x) // MAX_FUNCTION_ROWS))]
+        found = per_draw(self.posterior, self.draws, few, every=every)
         values = found["mean"] if "mean" in found else found["probabilities"][..., 1:]
         return values.reshape(*values.shape[:2], -1)
 

@@ -8,15 +8,20 @@ import sys
 import tempfile
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
+from bnnmcmc.cli import main
 from bnnmcmc.placement import use_all_cores
 
 use_all_cores(2)
 
+# The same few programs again and again: compile them once for all tests and their processes.
 CACHE = Path(tempfile.mkdtemp(prefix="bnnmcmc-tests-"))
 atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
+jax.config.update("jax_compilation_cache_dir", str(CACHE))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 TINY = """
 [data]
@@ -50,7 +55,6 @@ def start_cli(*arguments, cwd, **options):
         **os.environ,
         "COLUMNS": "200",
         "BNNMCMC_DATA": "",
-        # The same few programs again and again: compile them once for all tests.
         "JAX_COMPILATION_CACHE_DIR": str(CACHE),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
@@ -73,6 +77,23 @@ def cli():
         process = start_cli(*arguments, cwd=cwd, **options)
         out, err = process.communicate(timeout=300)
         return process.returncode, out, err
+
+    return run
+
+
+@pytest.fixture
+def here(monkeypatch, capsys):
+    """Run the command line in this process, where JAX is awake: (exit status, stdout, stderr)."""
+    monkeypatch.setattr("bnnmcmc.placement.use_all_cores", lambda cores=None: None)
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.delenv("BNNMCMC_DATA", raising=False)
+
+    def run(*arguments, cwd):
+        monkeypatch.chdir(cwd)
+        with pytest.raises(SystemExit) as end:
+            main([str(argument) for argument in arguments])
+        out, err = capsys.readouterr()
+        return end.value.code, out, err
 
     return run
 

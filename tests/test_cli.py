@@ -5,6 +5,7 @@ import math
 import shutil
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pandas as pd
@@ -68,7 +69,7 @@ def test_run_folder_is_complete(finished):
     assert len(list((folder / "state").iterdir())) == 1
 
 
-def test_set_changes_every_kind_of_key(tiny, cli):
+def test_set_changes_every_kind_of_key(tiny, here):
     (tiny / "table.csv").rename(tiny / "other.csv")
     settings = ["data.path=other.csv", "sampler.draws=7", "model.hidden=[3]", "run.seed=5"]
     settings += [
@@ -77,7 +78,7 @@ def test_set_changes_every_kind_of_key(tiny, cli):
         "sampler.warmup=30",
         "sampler.max_depth=3",
     ]
-    code, out, err = cli("run", "tiny.toml", "--out", "r", "--set", *settings, "--quiet", cwd=tiny)
+    code, out, err = here("run", "tiny.toml", "--out", "r", "--set", *settings, "--quiet", cwd=tiny)
     assert code == 0, err
     assert err == ""
     manifest = json.loads((tiny / "r" / "manifest.json").read_text())
@@ -88,51 +89,51 @@ def test_set_changes_every_kind_of_key(tiny, cli):
     assert "other.csv" in out
 
 
-def test_run_numbers_its_default_folder(tiny, cli):
+def test_run_numbers_its_default_folder(tiny, here):
     quick = ["--set", "sampler.draws=2", "sampler.warmup=5", "ensemble.max_epochs=2", "--quiet"]
     (tiny / "runs" / "tiny").mkdir(parents=True)
     (tiny / "runs" / "tiny" / "notes.txt").write_text("mine")
-    code, out, err = cli("run", "tiny.toml", *quick, cwd=tiny)
+    code, out, err = here("run", "tiny.toml", *quick, cwd=tiny)
     assert code == 0, err
     assert (tiny / "runs" / "tiny-2" / "report.html").is_file()
     assert "runs/tiny-2" in out
 
 
-def test_check_samples_nothing_and_says_the_cost(tiny, cli):
-    code, out, err = cli("check", "tiny.toml", cwd=tiny)
+def test_check_samples_nothing_and_says_the_cost(tiny, here):
+    code, out, err = here("check", "tiny.toml", cwd=tiny)
     assert code == 0, err
     for words in ("60 rows, 4 features", "44 parameters", "memory", "disk", "training", "sampling"):
         assert words in out
     assert sorted(path.name for path in tiny.iterdir()) == ["table.csv", "tiny.toml"]
 
 
-def test_init_writes_a_config_that_checks(tiny, cli):
-    code, out, err = cli("init", "new.toml", "--data", "table.csv", "--target", "y", cwd=tiny)
+def test_init_writes_a_config_that_checks(tiny, here):
+    code, out, err = here("init", "new.toml", "--data", "table.csv", "--target", "y", cwd=tiny)
     assert code == 0, err
     assert "60 rows, 3 features, regression of y" in out
     text = (tiny / "new.toml").read_text()
     assert text.count("#") > 10
-    code, out, err = cli("check", "new.toml", cwd=tiny)
+    code, out, err = here("check", "new.toml", cwd=tiny)
     assert code == 0, err
     before = (tiny / "new.toml").read_text()
-    code, _, err = cli("init", "new.toml", cwd=tiny)
+    code, _, err = here("init", "new.toml", cwd=tiny)
     assert code == 2
     assert "exists already" in err
     assert (tiny / "new.toml").read_text() == before
-    code, out, err = cli("init", "k.toml", "--data", "table.csv", "--target", "kind", cwd=tiny)
+    code, out, err = here("init", "k.toml", "--data", "table.csv", "--target", "kind", cwd=tiny)
     assert code == 0
     assert "classification of kind" in out
     assert 'kind = "categorical"' in (tiny / "k.toml").read_text()
 
 
-def test_predict_matches_columns_by_name_and_scores(finished, tmp_path, cli):
+def test_predict_matches_columns_by_name_and_scores(finished, tmp_path, here):
     table = pd.read_csv(finished / "table.csv")
     shuffled = table[["y", "kind", "b", "a"]].assign(extra=1)
     shuffled.to_csv(tmp_path / "shuffled.csv", index=False)
-    code, straight, err = cli("predict", finished / "run", finished / "table.csv", cwd=tmp_path)
+    code, straight, err = here("predict", finished / "run", finished / "table.csv", cwd=tmp_path)
     assert code == 0, err
     assert "rmse" in err  # the table holds the target
-    code, _, err = cli(
+    code, _, err = here(
         "predict", finished / "run", "shuffled.csv", "--out", "p.parquet", cwd=tmp_path
     )
     assert code == 0, err
@@ -158,16 +159,16 @@ def test_diagnose_and_report(finished, tmp_path, cli):
     assert "<html" in (run / "report.html").read_text()
 
 
-def test_resume_adds_the_draws_a_longer_run_would_have(finished, tmp_path, cli):
+def test_resume_adds_the_draws_a_longer_run_would_have(finished, tmp_path, here):
     import zarr
 
     shutil.copytree(finished / "run", tmp_path / "run")
-    code, out, err = cli("resume", "run", "--draws", "20", "--quiet", cwd=tmp_path)
+    code, out, err = here("resume", "run", "--draws", "20", "--quiet", cwd=tmp_path)
     assert code == 0, err
     assert "60 draws per chain" in out
     shutil.copy(finished / "table.csv", tmp_path)
     shutil.copy(finished / "tiny.toml", tmp_path)
-    code, _, err = cli(
+    code, _, err = here(
         "run", "tiny.toml", "--out", "long", "--set", "sampler.draws=60", "--quiet", cwd=tmp_path
     )
     assert code == 0, err
@@ -177,31 +178,31 @@ def test_resume_adds_the_draws_a_longer_run_would_have(finished, tmp_path, cli):
 
 
 def test_time_budget_is_kept_with_everything_usable(tiny, cli):
+    begun = time.monotonic()
     big = ["ensemble.max_epochs=1000000", "ensemble.patience=1000000", "sampler.draws=1000000"]
     code, out, err = cli(
-        "run", "tiny.toml", "--out", "r", "--time-budget", "25s", "--set", *big, cwd=tiny
+        "run", "tiny.toml", "--out", "r", "--time-budget", "30s", "--set", *big, cwd=tiny
     )
     assert code == 0, err
+    assert time.monotonic() - begun < 45  # a budget, on a machine that may be busy
     manifest = json.loads((tiny / "r" / "manifest.json").read_text())
     assert manifest["stage"] == "done"
     assert "time budget" in out
-    # The work itself; a busy machine may take longer to start Python.
-    assert sum(manifest["seconds"].values()) < 40
-    assert math.isfinite(
-        json.loads((tiny / "r" / "metrics.json").read_text())["test"]["posterior"]["lppd"]
-    )
+    metrics = json.loads((tiny / "r" / "metrics.json").read_text())
+    assert math.isfinite(metrics["test"]["posterior"]["lppd"])
+    assert (tiny / "r" / "report.html").is_file()
 
 
-def test_classification_with_text_labels(tiny, cli):
+def test_classification_with_text_labels(tiny, here):
     text = (tiny / "tiny.toml").read_text().replace('target = "y"', 'target = "kind"')
     (tiny / "k.toml").write_text(text + '\n[likelihood]\nkind = "bernoulli"\n')
-    code, out, err = cli("run", "k.toml", "--out", "r", "--quiet", cwd=tiny)
+    code, out, err = here("run", "k.toml", "--out", "r", "--quiet", cwd=tiny)
     assert code == 0, err
     metrics = json.loads((tiny / "r" / "metrics.json").read_text())
     assert set(metrics["test"]["posterior"]) == {"lppd", "accuracy", "brier", "ece"}
     assert "test_target_units" not in metrics
     assert metrics["test"]["posterior"]["accuracy"] > 0.8
-    code, out, err = cli("predict", "r", "table.csv", cwd=tiny)
+    code, out, err = here("predict", "r", "table.csv", cwd=tiny)
     assert code == 0, err
     lines = out.splitlines()
     assert lines[0] == "kind,p(green),p(red)"
@@ -212,22 +213,24 @@ def test_classification_with_text_labels(tiny, cli):
 
 def test_sweep_runs_a_grid_and_goes_on_where_it_stopped(tiny, cli):
     quick = ["--set", "sampler.draws=5", "sampler.warmup=20", "ensemble.max_epochs=5"]
-    arguments = ["sweep", "tiny.toml", "--grid", "model.hidden=[],[4]", "--seeds", "2"]
-    code, out, err = cli(*arguments, "--out", "s", *quick, cwd=tiny)
+    arguments = ["sweep", "tiny.toml", "--grid", "model.hidden=[],[4]", "--out", "s"]
+    code, out, err = cli(*arguments, "--seeds", "1", *quick, cwd=tiny)
     assert code == 0, err
     rows = pd.read_csv(tiny / "s" / "sweep.csv")
-    assert len(rows) == 4
-    assert sorted(rows["seed"]) == [0, 0, 1, 1]
-    assert rows["posterior_lppd"].nunique() == 4
+    assert list(rows["seed"]) == [0, 0]
+    assert rows["posterior_lppd"].nunique() == 2
     assert "model.hidden" in out
     stamps = {p: p.stat().st_mtime_ns for p in (tiny / "s").glob("*/manifest.json")}
     shutil.rmtree(tiny / "s" / rows["folder"][0])
-    code, out, err = cli(*arguments, "--out", "s", *quick, cwd=tiny)
+    arguments[3] = "model.hidden=[]"
+    code, out, err = cli(*arguments, "--seeds", "2", *quick, cwd=tiny)
     assert code == 0, err
-    kept = [p for p, stamp in stamps.items() if p.stat().st_mtime_ns == stamp]
-    assert len(kept) == 3
     again = pd.read_csv(tiny / "s" / "sweep.csv")
-    np.testing.assert_allclose(again["posterior_lppd"], rows["posterior_lppd"])
+    assert list(again["seed"]) == [0, 1]
+    assert again["posterior_lppd"][0] == pytest.approx(rows["posterior_lppd"][0])
+    assert again["posterior_lppd"][1] != again["posterior_lppd"][0]
+    kept = [path for path, stamp in stamps.items() if path.stat().st_mtime_ns == stamp]
+    assert [path.parent.name for path in kept] == [rows["folder"][1]]
 
 
 def test_grid_values_are_toml():

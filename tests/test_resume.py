@@ -128,20 +128,20 @@ def test_killed_at_random_moments(tiny, undisturbed, cli, stage, moment):
     assert_equal_runs(undisturbed, tiny / "run")
 
 
-def test_killed_before_the_first_commit_can_simply_run_again(tiny, cli):
+def test_killed_before_the_first_commit_can_simply_run_again(tiny, here):
     # Set-up files without a manifest: what a kill in the first moments leaves.
     run = tiny / "run"
     run.mkdir()
     (run / "config.toml").write_text("")
     (run / ".manifest.json.123.tmp").write_text("{")
     quick = ["sampler.draws=2", "sampler.warmup=5", "ensemble.max_epochs=2"]
-    code, _, err = cli("run", "tiny.toml", "--out", "run", "--quiet", "--set", *quick, cwd=tiny)
+    code, _, err = here("run", "tiny.toml", "--out", "run", "--quiet", "--set", *quick, cwd=tiny)
     assert code == 0, err
 
 
-def test_block_size_does_not_change_the_draws(tiny, undisturbed, cli):
+def test_block_size_does_not_change_the_draws(tiny, undisturbed, here):
     other = [s for s in SETTINGS if not s.startswith("run.block")] + ["run.block_draws=37"]
-    code, _, err = cli("run", "tiny.toml", "--out", "run", "--quiet", "--set", *other, cwd=tiny)
+    code, _, err = here("run", "tiny.toml", "--out", "run", "--quiet", "--set", *other, cwd=tiny)
     assert code == 0, err
     blocks = [
         json.loads((f / "manifest.json").read_text())["blocks"] for f in (undisturbed, tiny / "run")

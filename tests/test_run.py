@@ -152,12 +152,12 @@ def test_arviz_tree_opens_in_arviz(run, finished):
     np.testing.assert_allclose(observed, sampled["y"], rtol=1e-5)
 
 
-def test_arviz_file_of_a_run(tiny, cli):
+def test_arviz_file_of_a_run(tiny, here):
     import xarray
 
     for kind, name in (("netcdf", "arviz.nc"), ("zarr", "arviz.zarr")):
         quick = ["sampler.draws=12", "sampler.warmup=50", f"run.arviz={kind}"]
-        code, _, err = cli("run", "tiny.toml", "--out", kind, "--quiet", "--set", *quick, cwd=tiny)
+        code, _, err = here("run", "tiny.toml", "--out", kind, "--quiet", "--set", *quick, cwd=tiny)
         assert code == 0, err
         with xarray.open_datatree(tiny / kind / name) as tree:
             assert tree["posterior"].sizes["draw"] == 12
