@@ -80,8 +80,7 @@ def check(config: Path, *, set: Set = None):
         The experiment file.
     """
     experiment, dataset = _experiment(config, set)
-    from bnnmcmc.pipeline import check_model
-    from bnnmcmc.preflight import estimate, print_estimate
+    from bnnmcmc.preflight import check_model, estimate, print_estimate
 
     with _console(False).status("checking model and density"):
         posterior, placement = check_model(experiment, dataset)
@@ -206,7 +205,7 @@ def diagnose(folder: Path):
         The run folder, finished or not.
     """
     _configure_for(folder)
-    from bnnmcmc.pipeline import write_diagnostics
+    from bnnmcmc.results import write_diagnostics
     from bnnmcmc.run import Run
     from bnnmcmc.store import Store, read_manifest
     from bnnmcmc.summary import print_diagnostics
@@ -230,7 +229,7 @@ def report(folder: Path):
     manifest = read_manifest(folder)
     if manifest["stage"] != "done" and manifest["blocks"]:
         _configure_for(folder)
-        from bnnmcmc.pipeline import refresh_results
+        from bnnmcmc.results import refresh_results
 
         with _console(False).status("scores and diagnostics of the draws so far"):
             refresh_results(folder)

@@ -5,9 +5,6 @@ between any two of them (Ctrl-C, a time budget, a lost machine) and go on later.
 """
 
 import importlib.metadata
-import platform
-import shutil
-import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,16 +18,15 @@ import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
-from bnnmcmc import build, diagnostics, progress, store, trees
+from bnnmcmc import build, preflight, progress, store, trees
 from bnnmcmc.config import Config, to_toml
-from bnnmcmc.data import Dataset, fingerprint, save_dataset, target_to_units
+from bnnmcmc.data import Dataset, fingerprint, save_dataset
 from bnnmcmc.ensemble import build_training, finish_ensemble, run_epochs, start_members
 from bnnmcmc.errors import InputError
 from bnnmcmc.keys import stage_key
 from bnnmcmc.placement import Placement, gather, replicate, spread
 from bnnmcmc.posterior import Posterior, check_finite
-from bnnmcmc.prediction import in_target_units
-from bnnmcmc.predictive import draws_in_memory, pool
+from bnnmcmc.results import write_results
 from bnnmcmc.run import (
     Run,
     check_precision,
@@ -38,7 +34,6 @@ from bnnmcmc.run import (
     open_inputs,
     position_layout,
     read_members,
-    scores,
 )
 from bnnmcmc.sampling import (
     Program,
@@ -47,51 +42,13 @@ from bnnmcmc.sampling import (
     run_blocks,
     start_chains,
 )
+from bnnmcmc.stopping import Stop, interruptible, locked
 
-# Packages that decide what a draw's bits are.
-PINNED = ("bnnmcmc", "jax", "jaxlib", "blackjax", "numpyro", "optax")
-NOTED = ("numpy", "scipy", "scikit-learn", "arviz", "zarr", "pandas")
-# What a start that was cut off before its first commit may leave behind.
-SETUP_FILES = {"config.toml", "data.npz", "scaling.json", ".lock"}
-CHECKED_STARTS = 64
-# Diagnostics look at no more draws per chain and weights than this.
-MAX_DIAGNOSED_DRAWS, MAX_DIAGNOSED_WEIGHTS = 4000, 200
-QUANTILES = (0.025, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.975)
-
-# How a time budget is shared: training ends after this part of it, ...
-TRAINING_SHARE = 0.3
-# ... scores and report get this part, within these seconds, ...
-RESULTS_SHARE, RESULTS_SECONDS = 0.15, (8.0, 120.0)
-# ... and of what is left a warm-up that turns out longer than planned gets this part.
-WARMUP_SHARE = 0.7
+# Of a time budget, training ends after this part, and of what is left then until the results are
+# due, a warm-up that turns out longer than planned gets this part.
+TRAINING_SHARE, WARMUP_SHARE = 0.3, 0.7
 # Speed is measured on at least this many seconds of compiled warm-up.
 CALIBRATION_SECONDS = 0.5
-
-
-@dataclass
-class Stop:
-    """When to stop between two blocks: at a time, or because the user asked."""
-
-    deadline: float | None = None
-    interrupted: bool = False
-    begun: float = field(default_factory=time.monotonic)
-
-    def at(self, deadline: float | None) -> bool:
-        """Tell whether to stop now, given a deadline (monotonic seconds)."""
-        return self.interrupted or (deadline is not None and time.monotonic() >= deadline)
-
-    def share(self, part: float) -> float | None:
-        """Return the time at which this part of the budget is used up."""
-        return None if self.deadline is None else self.begun + part * (self.deadline - self.begun)
-
-    @property
-    def sampling_deadline(self) -> float | None:
-        """When sampling must end so that scores and report still fit."""
-        if self.deadline is None:
-            return None
-        return self.deadline - np.clip(
-            RESULTS_SHARE * (self.deadline - self.begun), *RESULTS_SECONDS
-        )
 
 
 @dataclass
@@ -174,15 +131,15 @@ def start_run(
     """
     stop = Stop(None if budget is None else time.monotonic() + budget)
     check_precision(config)
-    check_free(folder)
-    posterior, placement = check_model(config, dataset)
+    preflight.check_free(folder)
+    posterior, placement = preflight.check_model(config, dataset)
     of = position_layout(posterior)
-    check_disk(folder, config, of)
+    preflight.check_disk(folder, config, of)
     train, val, test = (len(p) for p in (dataset.train, dataset.validation, dataset.test))
     device = placement.devices[0]
     manifest = {
         "bnnmcmc": importlib.metadata.version("bnnmcmc"),
-        "versions": versions(),
+        "versions": preflight.versions(),
         "name": name,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": command,
@@ -277,8 +234,8 @@ def resume_run(
         check_precision(config)
         done = sum(block["count"] for block in manifest["blocks"])
         if manifest["stage"] != "results" and (done < manifest["draws"] or draws):
-            check_versions(folder, manifest, other_versions)
-        posterior, placement = check_model(config, dataset)
+            preflight.check_versions(folder, manifest, other_versions)
+        posterior, placement = preflight.check_model(config, dataset)
         run_store = store.Store(folder, manifest)
         _remove_partial_files(folder)
         changes: dict[str, Any] = {"stopped": None}
@@ -524,237 +481,7 @@ def draw(job: Job) -> bool:
     return True
 
 
-def write_results(run: Run, run_store: store.Store, kind: str) -> None:
-    """Score, diagnose and write metrics.json, predictions.npz, diagnostics.* and the ArviZ file.
-
-    Parameters
-    ----------
-    run : Run
-        Opened from the store's folder; it may be unfinished.
-    run_store : Store
-    kind : str
-        ``run.arviz`` of the config.
-    """
-    folder, dataset = run_store.folder, run.dataset
-    assert dataset is not None
-    write_diagnostics(run, run_store)
-    if len(dataset.test):
-        _write_scores(run, folder)
-    if kind != "none":
-        every = None if kind == "auto" else 1
-        chosen = "zarr" if kind == "zarr" else "netcdf"
-        path = folder / ("arviz.zarr" if chosen == "zarr" else "arviz.nc")
-        with store.disk_errors(folder):
-            diagnostics.write_datatree(run.to_arviz(every=every), path, chosen)
-
-
-def write_diagnostics(run: Run, run_store: store.Store) -> None:
-    """Write the chains' status, diagnostics.csv and diagnostics.json."""
-    table, summary = diagnose(run)
-    diagnostics.write_table(run_store.folder / "diagnostics.csv", table)
-    store.write_json(run_store.folder / "diagnostics.json", summary)
-    run_store.commit(status=[{"chain": i, **s._asdict()} for i, s in enumerate(run.status)])
-
-
-def refresh_results(folder: Path) -> None:
-    """Score and diagnose the draws so far of a run that has not finished.
-
-    Raises
-    ------
-    InputError
-        Another process is working on the run.
-    """
-    with locked(folder):
-        run_store = store.Store(folder, store.read_manifest(folder))
-        run = Run.open(folder)
-        write_results(run, run_store, open_inputs(folder, run_store.manifest)[0].run.arviz)
-
-
-def diagnose(run: Run) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Return the table of chains and the summary of a run (see `bnnmcmc.diagnostics`).
-
-    Of long chains, predictions and weights are looked at in evenly spaced draws, so that the
-    cost is bounded; their ESS is then a lower bound.
-    """
-    stats = run.stats
-    every = max(1, -(-run.draws.draws // MAX_DIAGNOSED_DRAWS))
-    functions = run.function_draws(every)
-    stride = max(1, -(-run.draws.layout.size // MAX_DIAGNOSED_WEIGHTS))
-    kept, first = [], 0
-    for block in run.draws.blocks():
-        kept.append(block[:, -first % every :: every, ::stride])
-        first += block.shape[1]
-    table = diagnostics.chain_table(
-        log_density=stats["log_density"],
-        positions=np.concatenate(kept, axis=1),
-        functions=functions,
-        stats=stats,
-        statuses=list(run.status),
-    )
-    return table, diagnostics.run_summary(functions, stats["log_density"], table)
-
-
-def _write_scores(run: Run, folder: Path) -> None:
-    dataset, encoding = run.dataset, run.encoding
-    assert dataset is not None and encoding is not None
-    x, y = dataset.x[dataset.test], dataset.y[dataset.test]
-    best = int(np.argmin(np.nan_to_num(np.asarray(run.validation_loss), nan=np.inf)))
-    members = jax.tree.map(lambda leaf: leaf[:, None], run.members)
-    sources = {
-        "best_member": draws_in_memory(jax.tree.map(lambda leaf: leaf[best : best + 1], members)),
-        "ensemble": draws_in_memory(members),
-        "posterior": run.pooled_draws,
-    }
-    found = {
-        name: pool(run.posterior, draws, x, y, seed=run.seed) for name, draws in sources.items()
-    }
-    both = {name: scores(pooled, y, encoding) for name, pooled in found.items()}
-    result: dict[str, Any] = {"test": {n: s["standardised"] for n, s in both.items()}}
-    if encoding.task == "regression":
-        result["test_target_units"] = {name: s["target"] for name, s in both.items()}
-    result |= {"rows": len(x), "best_member": best, "pooled_chains": run.pooled_chains}
-    store.write_json(folder / "metrics.json", result)
-    prediction = in_target_units(found["posterior"], encoding)
-    arrays: dict[str, Any] = {"row": dataset.test}
-    if prediction.probabilities is not None:
-        arrays |= {
-            "y": y,
-            "probabilities": prediction.probabilities,
-            "classes": np.array([str(label) for label in encoding.classes or ()]),
-        }
-    else:
-        arrays |= {
-            "y": target_to_units(encoding, y),
-            "mean": prediction.mean,
-            "sd": prediction.sd,
-            "epistemic_sd": prediction.epistemic_sd,
-            "levels": np.array(QUANTILES),
-            "quantiles": prediction.quantile(QUANTILES),
-        }
-    store.write_arrays(folder / "predictions.npz", arrays)
-
-
 # ------------------------------------------------------------------------------------- checks
-
-
-def check_model(config: Config, dataset: Dataset) -> tuple[Posterior, Placement]:
-    """Build posterior and placement and check them before any long work.
-
-    Raises
-    ------
-    InputError
-        A part cannot be built, shapes do not fit, or the density is not finite at the start.
-    """
-    posterior = build.make_posterior(config, dataset.encoding)
-    build.make_kernel(config)
-    build.make_ensemble_optimiser(config)
-    placement = build.make_placement(config)
-    x, y = posterior.arrays(*build.sampling_rows(config, dataset))
-    key = stage_key(config.run.seed, "ensemble-init")
-    count = min(config.ensemble.members, CHECKED_STARTS)
-    starts = jax.jit(jax.vmap(lambda i: posterior.init(jax.random.fold_in(key, i))))
-    check_finite(posterior, starts(jnp.arange(count)), x, y, label="member")
-    return posterior, placement
-
-
-def check_free(folder: Path) -> None:
-    """Raise InputError if the folder holds a run, or anything else of the user's."""
-    if (folder / "manifest.json").exists():
-        raise InputError(
-            f"{folder}: already holds a run; go on with it (bnnmcmc resume {folder}), or choose "
-            "another folder with --out"
-        )
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"{folder}: is a file, expected a folder that is new or empty")
-    found = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-    others = [n for n in found if n not in SETUP_FILES and not n.endswith(".tmp")]
-    if others:
-        raise InputError(
-            f"{folder}: is not empty (it holds {others[0]!r}); choose another folder with --out"
-        )
-
-
-def draw_bytes(config: Config, of: trees.Layout) -> int:
-    """Return how much disk the draws of a run need, in bytes."""
-    item = 8 if config.run.precision == "float64" else 4
-    chains, draws = config.ensemble.members, config.sampler.draws
-    return item * chains * draws * (of.size + 8)
-
-
-def check_disk(folder: Path, config: Config, of: trees.Layout) -> None:
-    """Raise InputError if the disk has not enough room for the run's draws."""
-    place = folder
-    while not place.exists():
-        place = place.parent
-    free, needed = shutil.disk_usage(place).free, draw_bytes(config, of)
-    if needed > free:
-        raise InputError(
-            f"{folder}: the draws need {needed / 1e9:.2f} GB ({config.ensemble.members} chains x "
-            f"{config.sampler.draws} draws x {of.size} parameters), but the disk has "
-            f"{free / 1e9:.2f} GB free; lower sampler.draws, raise sampler.thin, or use another "
-            "disk with --out"
-        )
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of Python and of the packages that matter."""
-    found = {name: importlib.metadata.version(name) for name in (*PINNED, *NOTED)}
-    return {"python": platform.python_version(), **found}
-
-
-def check_versions(folder: Path, manifest: dict[str, Any], allowed: bool) -> None:
-    """Raise InputError if the run was begun with other versions of what makes a draw."""
-    now, then = versions(), manifest["versions"]
-    other = [f"{n} {then.get(n)} (now {now[n]})" for n in PINNED if then.get(n) != now[n]]
-    if other and not allowed:
-        raise InputError(
-            f"{folder}: the run was begun with {', '.join(other)}; install those versions, or "
-            "accept draws that are not bit for bit the same with --other-versions"
-        )
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Keep other processes from working on the same run folder.
-
-    Raises
-    ------
-    InputError
-        Another process is at work there.
-    """
-    import fcntl
-
-    with open(folder / ".lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise InputError(
-                f"{folder}: another process is working on this run; wait for it, or stop it first"
-            ) from error
-        yield
-
-
-@contextmanager
-def interruptible(stop: Stop, console: Console) -> Iterator[None]:
-    """Let the first Ctrl-C stop between blocks; the second one stops at once."""
-
-    def handle(number, frame):
-        if stop.interrupted:
-            raise KeyboardInterrupt
-        stop.interrupted = True
-        console.print(
-            "[yellow]Stopping after this block (Ctrl-C again: at once, losing the block)[/]"
-        )
-
-    try:
-        previous = signal.signal(signal.SIGINT, handle)
-    except ValueError:  # not in the main thread: Ctrl-C is not ours to handle
-        yield
-        return
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, previous)
 
 
 # -------------------------------------------------------------------------------------- parts

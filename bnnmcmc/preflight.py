@@ -1,7 +1,14 @@
-"""What a run would need: parameters, memory, disk and a rough time, measured in seconds."""
+"""Before a run: does everything fit, is the density finite, what will it cost.
 
+What cannot work is refused here, before any long work.
+"""
+
+import importlib.metadata
+import platform
+import shutil
 import time
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,20 +20,102 @@ from bnnmcmc import build, trees
 from bnnmcmc.config import Config
 from bnnmcmc.data import Dataset
 from bnnmcmc.ensemble import build_training, run_epochs, start_members
+from bnnmcmc.errors import InputError
 from bnnmcmc.keys import stage_key
-from bnnmcmc.pipeline import draw_bytes
 from bnnmcmc.placement import Placement, over_chains, replicate, spread
-from bnnmcmc.posterior import Posterior
+from bnnmcmc.posterior import Posterior, check_finite
 from bnnmcmc.predictive import BATCH
 from bnnmcmc.progress import duration
 from bnnmcmc.run import position_layout
 from bnnmcmc.samplers.mclmc import MAX_TUNING_COORDINATES, MAX_TUNING_DRAWS
 from bnnmcmc.sampling import MAX_BLOCK_BYTES
 
+# Packages that decide what a draw's bits are, and others worth knowing.
+PINNED = ("bnnmcmc", "jax", "jaxlib", "blackjax", "numpyro", "optax")
+NOTED = ("numpy", "scipy", "scikit-learn", "arviz", "zarr", "pandas")
+# What a start that was cut off before its first commit may leave behind.
+SETUP_FILES = {"config.toml", "data.npz", "scaling.json", ".lock"}
+CHECKED_STARTS = 64
 # What Python, JAX and the compiled programs take before any data.
 BASE_BYTES = 600 * 2**20
 # A tree of NUTS in a BNN is between these depths, as a rule.
 NUTS_DEPTHS = (6, 9)
+
+
+def check_model(config: Config, dataset: Dataset) -> tuple[Posterior, Placement]:
+    """Build posterior and placement and check them before any long work.
+
+    Raises
+    ------
+    InputError
+        A part cannot be built, shapes do not fit, or the density is not finite at the start.
+    """
+    posterior = build.make_posterior(config, dataset.encoding)
+    build.make_kernel(config)
+    build.make_ensemble_optimiser(config)
+    placement = build.make_placement(config)
+    x, y = posterior.arrays(*build.sampling_rows(config, dataset))
+    key = stage_key(config.run.seed, "ensemble-init")
+    count = min(config.ensemble.members, CHECKED_STARTS)
+    starts = jax.jit(jax.vmap(lambda i: posterior.init(jax.random.fold_in(key, i))))
+    check_finite(posterior, starts(jnp.arange(count)), x, y, label="member")
+    return posterior, placement
+
+
+def check_free(folder: Path) -> None:
+    """Raise InputError if the folder holds a run, or anything else of the user's."""
+    if (folder / "manifest.json").exists():
+        raise InputError(
+            f"{folder}: already holds a run; go on with it (bnnmcmc resume {folder}), or choose "
+            "another folder with --out"
+        )
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder}: is a file, expected a folder that is new or empty")
+    found = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    others = [n for n in found if n not in SETUP_FILES and not n.endswith(".tmp")]
+    if others:
+        raise InputError(
+            f"{folder}: is not empty (it holds {others[0]!r}); choose another folder with --out"
+        )
+
+
+def draw_bytes(config: Config, of: trees.Layout) -> int:
+    """Return how much disk the draws of a run need, in bytes."""
+    item = 8 if config.run.precision == "float64" else 4
+    chains, draws = config.ensemble.members, config.sampler.draws
+    return item * chains * draws * (of.size + 8)
+
+
+def check_disk(folder: Path, config: Config, of: trees.Layout) -> None:
+    """Raise InputError if the disk has not enough room for the run's draws."""
+    place = folder
+    while not place.exists():
+        place = place.parent
+    free, needed = shutil.disk_usage(place).free, draw_bytes(config, of)
+    if needed > free:
+        raise InputError(
+            f"{folder}: the draws need {needed / 1e9:.2f} GB ({config.ensemble.members} chains x "
+            f"{config.sampler.draws} draws x {of.size} parameters), but the disk has "
+            f"{free / 1e9:.2f} GB free; lower sampler.draws, raise sampler.thin, or use another "
+            "disk with --out"
+        )
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that matter."""
+    found = {name: importlib.metadata.version(name) for name in (*PINNED, *NOTED)}
+    return {"python": platform.python_version(), **found}
+
+
+def check_versions(folder: Path, manifest: dict[str, Any], allowed: bool) -> None:
+    """Raise InputError if the run was begun with other versions of what makes a draw."""
+    now, then = versions(), manifest["versions"]
+    other = [f"{n} {then.get(n)} (now {now[n]})" for n in PINNED if then.get(n) != now[n]]
+    if other and not allowed:
+        raise InputError(
+            f"{folder}: the run was begun with {', '.join(other)}; install those versions, or "
+            "accept draws that are not bit for bit the same with --other-versions"
+        )
 
 
 class Estimate(NamedTuple):

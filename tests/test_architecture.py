@@ -42,7 +42,7 @@ ONLY_IN = {
     "blackjax": {"samplers"},
     "arviz": {"diagnostics", "report"},
     "bnnmcmc.config": {"inputs", "build", "preflight", "pipeline", "run", "sweep", "cli"},
-    "bnnmcmc.pipeline": {"run", "cli", "preflight"},
+    "bnnmcmc.pipeline": {"cli"},
     "bnnmcmc.cli": {"__main__"},
 }
 

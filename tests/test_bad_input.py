@@ -13,7 +13,8 @@ from rich.console import Console
 from bnnmcmc.config import read_config
 from bnnmcmc.errors import InputError
 from bnnmcmc.inputs import read_dataset
-from bnnmcmc.pipeline import refresh_results, resume_run, start_run
+from bnnmcmc.pipeline import resume_run, start_run
+from bnnmcmc.results import refresh_results
 from bnnmcmc.run import Run
 
 QUIET = Console(quiet=True)

@@ -1,0 +1,128 @@
+"""What a run comes to: scores, predictions, diagnostics and the ArviZ file, from its draws."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from bnnmcmc import diagnostics, store
+from bnnmcmc.data import target_to_units
+from bnnmcmc.prediction import in_target_units
+from bnnmcmc.predictive import draws_in_memory, pool
+from bnnmcmc.run import Run, open_inputs, scores
+from bnnmcmc.stopping import locked
+
+# Diagnostics look at no more draws per chain and weights than this.
+MAX_DIAGNOSED_DRAWS, MAX_DIAGNOSED_WEIGHTS = 4000, 200
+QUANTILES = (0.025, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.975)
+
+
+def write_results(run: Run, run_store: store.Store, kind: str) -> None:
+    """Score, diagnose and write metrics.json, predictions.npz, diagnostics.* and the ArviZ file.
+
+    Parameters
+    ----------
+    run : Run
+        Opened from the store's folder; it may be unfinished.
+    run_store : Store
+    kind : str
+        ``run.arviz`` of the config.
+    """
+    folder, dataset = run_store.folder, run.dataset
+    assert dataset is not None
+    write_diagnostics(run, run_store)
+    if len(dataset.test):
+        _write_scores(run, folder)
+    if kind != "none":
+        every = None if kind == "auto" else 1
+        chosen = "zarr" if kind == "zarr" else "netcdf"
+        path = folder / ("arviz.zarr" if chosen == "zarr" else "arviz.nc")
+        with store.disk_errors(folder):
+            diagnostics.write_datatree(run.to_arviz(every=every), path, chosen)
+
+
+def write_diagnostics(run: Run, run_store: store.Store) -> None:
+    """Write the chains' status, diagnostics.csv and diagnostics.json."""
+    table, summary = diagnose(run)
+    diagnostics.write_table(run_store.folder / "diagnostics.csv", table)
+    store.write_json(run_store.folder / "diagnostics.json", summary)
+    run_store.commit(status=[{"chain": i, **s._asdict()} for i, s in enumerate(run.status)])
+
+
+def refresh_results(folder: Path) -> None:
+    """Score and diagnose the draws so far of a run that has not finished.
+
+    Raises
+    ------
+    InputError
+        Another process is working on the run.
+    """
+    with locked(folder):
+        run_store = store.Store(folder, store.read_manifest(folder))
+        run = Run.open(folder)
+        write_results(run, run_store, open_inputs(folder, run_store.manifest)[0].run.arviz)
+
+
+def diagnose(run: Run) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Return the table of chains and the summary of a run (see `bnnmcmc.diagnostics`).
+
+    Of long chains, predictions and weights are looked at in evenly spaced draws, so that the
+    cost is bounded; their ESS is then a lower bound.
+    """
+    stats = run.stats
+    every = max(1, -(-run.draws.draws // MAX_DIAGNOSED_DRAWS))
+    functions = run.function_draws(every)
+    stride = max(1, -(-run.draws.layout.size // MAX_DIAGNOSED_WEIGHTS))
+    kept, first = [], 0
+    for block in run.draws.blocks():
+        kept.append(block[:, -first % every :: every, ::stride])
+        first += block.shape[1]
+    table = diagnostics.chain_table(
+        log_density=stats["log_density"],
+        positions=np.concatenate(kept, axis=1),
+        functions=functions,
+        stats=stats,
+        statuses=list(run.status),
+    )
+    return table, diagnostics.run_summary(functions, stats["log_density"], table)
+
+
+def _write_scores(run: Run, folder: Path) -> None:
+    dataset, encoding = run.dataset, run.encoding
+    assert dataset is not None and encoding is not None
+    x, y = dataset.x[dataset.test], dataset.y[dataset.test]
+    best = int(np.argmin(np.nan_to_num(np.asarray(run.validation_loss), nan=np.inf)))
+    members = jax.tree.map(lambda leaf: leaf[:, None], run.members)
+    sources = {
+        "best_member": draws_in_memory(jax.tree.map(lambda leaf: leaf[best : best + 1], members)),
+        "ensemble": draws_in_memory(members),
+        "posterior": run.pooled_draws,
+    }
+    found = {
+        name: pool(run.posterior, draws, x, y, seed=run.seed) for name, draws in sources.items()
+    }
+    both = {name: scores(pooled, y, encoding) for name, pooled in found.items()}
+    result: dict[str, Any] = {"test": {n: s["standardised"] for n, s in both.items()}}
+    if encoding.task == "regression":
+        result["test_target_units"] = {name: s["target"] for name, s in both.items()}
+    result |= {"rows": len(x), "best_member": best, "pooled_chains": run.pooled_chains}
+    store.write_json(folder / "metrics.json", result)
+    prediction = in_target_units(found["posterior"], encoding)
+    arrays: dict[str, Any] = {"row": dataset.test}
+    if prediction.probabilities is not None:
+        arrays |= {
+            "y": y,
+            "probabilities": prediction.probabilities,
+            "classes": np.array([str(label) for label in encoding.classes or ()]),
+        }
+    else:
+        arrays |= {
+            "y": target_to_units(encoding, y),
+            "mean": prediction.mean,
+            "sd": prediction.sd,
+            "epistemic_sd": prediction.epistemic_sd,
+            "levels": np.array(QUANTILES),
+            "quantiles": prediction.quantile(QUANTILES),
+        }
+    store.write_arrays(folder / "predictions.npz", arrays)
