@@ -178,6 +178,8 @@ def predict(folder: Path, table: Path, *, out: Path | None = None, level: float 
     """
     if out is not None and out.suffix.lower() not in (".csv", ".parquet"):
         raise InputError(f"--out {out}: expected a name that ends in .csv or .parquet")
+    if out is not None and not out.parent.is_dir():
+        raise InputError(f"--out {out}: there is no folder {out.parent}; make it first")
     if not 0 < level < 1:
         raise InputError(f"--level {level}: expected between 0 and 1, such as 0.9")
     from bnnmcmc.data import read_table
@@ -205,14 +207,12 @@ def diagnose(folder: Path):
         The run folder, finished or not.
     """
     _configure_for(folder)
-    from bnnmcmc.results import write_diagnostics
-    from bnnmcmc.run import Run
-    from bnnmcmc.store import Store, read_manifest
+    from bnnmcmc.results import diagnose_folder
     from bnnmcmc.summary import print_diagnostics
 
     with _console(False).status("reading draws, computing R-hat and ESS"):
-        write_diagnostics(Run.open(folder), Store(folder, read_manifest(folder)))
-    print_diagnostics(Console(), folder)
+        table, summary = diagnose_folder(folder)
+    print_diagnostics(Console(), table, summary)
 
 
 @app.command

@@ -268,14 +268,16 @@ class RunConfig(Section):
         default=0, ge=0, description="most draws between two saves; 0 for about a second's worth"
     )
     arviz: Literal["auto", "netcdf", "zarr", "none"] = Field(
-        default="auto", description="write an ArviZ file; auto: netcdf if it stays below 200 MB"
+        default="auto",
+        description="write an ArviZ file; auto: netcdf, thinned to stay below 64 MB; netcdf and "
+        "zarr: every draw, all in memory",
     )
 
     @field_validator("group")
     @classmethod
     def _group_fits(cls, value, info):
-        if value > 1 and info.data.get("mode") == "vmap":
-            raise ValueError('has no meaning with mode = "vmap"; remove it')
+        if value > 1 and info.data.get("mode") != "map":
+            raise ValueError('has a meaning only with mode = "map"; add that, or remove it')
         return value
 
 

@@ -5,6 +5,7 @@ between any two of them (Ctrl-C, a time budget, a lost machine) and go on later.
 """
 
 import importlib.metadata
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -44,9 +45,12 @@ from bnnmcmc.sampling import (
 )
 from bnnmcmc.stopping import Stop, interruptible, locked
 
-# Of a time budget, training ends after this part, and of what is left then until the results are
-# due, a warm-up that turns out longer than planned gets this part.
-TRAINING_SHARE, WARMUP_SHARE = 0.3, 0.7
+# Of a time budget, training gets this part of what is there for training and sampling, and a
+# warm-up that turns out longer than planned this part of what is left then (the second one after
+# planning anew).
+TRAINING_SHARE, WARMUP_SHARE, PLANNED_SHARE = 0.3, 0.7, 0.85
+# A plan for a time budget keeps at least so many warm-up steps and draws.
+MIN_PLANNED = 100
 # Speed is measured on at least this many seconds of compiled warm-up.
 CALIBRATION_SECONDS = 0.5
 
@@ -134,9 +138,9 @@ def start_run(
     preflight.check_free(folder)
     posterior, placement = preflight.check_model(config, dataset)
     of = position_layout(posterior)
-    preflight.check_disk(folder, config, of)
+    preflight.check_disk(folder, of, config.ensemble.members, config.sampler.draws)
     train, val, test = (len(p) for p in (dataset.train, dataset.validation, dataset.test))
-    device = placement.devices[0]
+    text = to_toml(config).encode()
     manifest = {
         "bnnmcmc": importlib.metadata.version("bnnmcmc"),
         "versions": preflight.versions(),
@@ -144,7 +148,7 @@ def start_run(
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": command,
         "seed": config.run.seed,
-        "config": config_fingerprint(config),
+        "config": config_fingerprint(text),
         "data": {
             "name": dataset.name,
             "fingerprint": fingerprint(dataset),
@@ -158,12 +162,7 @@ def start_run(
             "classes": dataset.encoding.classes and [str(c) for c in dataset.encoding.classes],
         },
         "task": config.task,
-        "devices": {
-            "platform": device.platform,
-            "kind": device.device_kind,
-            "count": len(placement.devices),
-        },
-        "placement": placement.describe(),
+        **_devices(placement),
         "chains": config.ensemble.members,
         "parameters": of.size,
         "leaves": dict(zip(of.names, map(list, of.shapes), strict=True)),
@@ -183,11 +182,13 @@ def start_run(
     }
     with store.disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        with locked(folder):
-            store.write_atomic(folder / "config.toml", to_toml(config).encode())
-            save_dataset(folder, dataset)
-            run_store = store.new_store(folder, manifest)
     with locked(folder), interruptible(stop, console):
+        if (folder / "manifest.json").exists():  # begun by another process since the check
+            preflight.check_free(folder)
+        store.write_atomic(folder / "config.toml", text)
+        with store.disk_errors(folder):
+            save_dataset(folder, dataset)
+        run_store = store.new_store(folder, manifest)
         return _advance(
             Job(run_store, config, dataset, posterior, placement, of, console, stop, Clock())
         )
@@ -233,18 +234,20 @@ def resume_run(
         config, dataset = open_inputs(folder, manifest)
         check_precision(config)
         done = sum(block["count"] for block in manifest["blocks"])
-        if manifest["stage"] != "results" and (done < manifest["draws"] or draws):
+        if done < manifest["draws"] + draws:
             preflight.check_versions(folder, manifest, other_versions)
         posterior, placement = preflight.check_model(config, dataset)
+        of = position_layout(posterior)
+        left = manifest["draws"] + draws - done
+        preflight.check_disk(folder, of, manifest["chains"], left)
         run_store = store.Store(folder, manifest)
         _remove_partial_files(folder)
-        changes: dict[str, Any] = {"stopped": None}
+        changes: dict[str, Any] = {"stopped": None, **_devices(placement)}
         if draws:
             changes["draws"] = manifest["draws"] + draws
         if manifest["stage"] in ("results", "done") and done < (manifest["draws"] + draws):
             changes["stage"] = "sampling"
         run_store.commit(**changes)
-        of = position_layout(posterior)
         with interruptible(stop, console):
             return _advance(
                 Job(run_store, config, dataset, posterior, placement, of, console, stop, Clock())
@@ -258,10 +261,25 @@ def _advance(job: Job) -> bool:
         ("sampling", draw),
         ("results", _finish),
     ):
-        if job.manifest["stage"] == stage and not work(job):
+        if job.manifest["stage"] != stage:
+            continue
+        done = work(job)
+        if not done or (job.stop.interrupted and job.manifest["stage"] != "done"):
             job.store.commit(stopped="interrupted")
             return False
     return True
+
+
+def _devices(placement: Placement) -> dict[str, Any]:
+    device = placement.devices[0]
+    return {
+        "devices": {
+            "platform": device.platform,
+            "kind": device.device_kind,
+            "count": len(placement.devices),
+        },
+        "placement": placement.describe(),
+    }
 
 
 def _finish(job: Job) -> bool:
@@ -312,32 +330,28 @@ def train_ensemble(job: Job) -> bool:
         members, done = spread(restored["members"], job.placement), entry["position"]
         history = restored["history"]
     stop_at = job.stop.share(TRAINING_SHARE)
+    stopped = np.asarray(members[1].stopped)
     with (
         _timed(job, "ensemble"),
         progress.stage(job.console, "Ensemble", config.max_epochs, "epochs", done) as update,
     ):
-        stopped = np.asarray(members[1].stopped)
-        while done < config.max_epochs and not stopped.all() and not job.stop.at(stop_at):
-            for block in run_epochs(training, members, job.seed, data, first=done):
-                members, done = block.members, block.start + block.count
-                history = np.concatenate([history, np.swapaxes(block.history, 0, 1)])
-                stopped = gather(members[1].stopped, job.placement)
-                losses = gather(members[1].best_loss, job.placement)
-                update(
-                    done,
-                    f"best loss {np.min(losses):.3f}, {stopped.sum()} of {len(stopped)} stopped",
-                )
-                if stopped.all() or done >= config.max_epochs:
-                    break
-                tree = {"history": history, "members": gather(members, job.placement)}
-                _commit(job, checkpoint=job.store.checkpoint("ensemble", done, tree))
-                if job.stop.at(stop_at):
-                    break
-        if job.stop.interrupted:
+        blocks = run_epochs(training, members, job.seed, data, first=done)
+        for block in () if stopped.all() else blocks:
+            members, done = block.members, block.start + block.count
+            history = np.concatenate([history, np.swapaxes(block.history, 0, 1)])
+            stopped = gather(members[1].stopped, job.placement)
+            loss = np.min(gather(members[1].best_loss, job.placement))
+            update(done, f"best loss {loss:.3f}, {stopped.sum()} of {len(stopped)} stopped")
+            tree = {"history": history, "members": gather(members, job.placement)}
+            _commit(job, checkpoint=job.store.checkpoint("ensemble", done, tree))
+            if job.stop.at(stop_at):
+                break
+        complete = done >= config.max_epochs or stopped.all()
+        if job.stop.interrupted and not complete:
             return False
         update(config.max_epochs, f"{done} epochs")
     notes = list(job.manifest["notes"])
-    if done < config.max_epochs and not stopped.all():
+    if not complete:
         notes.append(f"training was ended by the time budget after {done} epochs")
     ensemble = finish_ensemble(training, members, np.swapaxes(history, 0, 1))
     folder = job.store.folder / "ensemble"
@@ -365,10 +379,11 @@ def warm_up(job: Job) -> bool:
     data = _sampling_data(job)
     program, carry, done, records = _begin_warmup(job, data)
     thin, total = program.warmup.thin, program.warmup.records
-    begun, limit = time.monotonic(), job.stop.sampling_deadline
-    stop_at = None if limit is None else begun + WARMUP_SHARE * max(limit - begun, 0)
-    may_plan = limit is not None and job.manifest["checkpoint"] is None
-    measured = [0, 0.0]
+    stop_at = job.stop.share(WARMUP_SHARE)
+    # MCLMC's tuning is of use only when it is complete: a warm-up that does not fit in the budget
+    # is planned anew. Window adaptation can end at any time, and its first steps tell no speed.
+    may_plan = stop_at is not None and not program.kernel.exact and not done
+    calls, measured_steps, measured_seconds = 0, 0, 0.0
     notes = list(job.manifest["notes"])
     with (
         _timed(job, "warmup"),
@@ -376,18 +391,18 @@ def warm_up(job: Job) -> bool:
             job.console, "Warm-up", program.warmup.total, "steps", done * thin
         ) as update,
     ):
-        while done < total and not job.stop.at(stop_at):
+        while done < total and not (calls and job.stop.at(stop_at)):
             plan = None
             for block in run_blocks(program, "warmup", carry, job.seed, data, first=done):
-                first_call = block.start == done and not measured[0]
-                carry, done = block.carry, block.start + block.count
+                carry, done, calls = block.carry, block.start + block.count, calls + 1
                 records = _join_records(records, block.stats)
                 update(min(done * thin, program.warmup.total), _note(block.stats))
-                if may_plan and not first_call:
-                    measured = [measured[0] + block.count * thin, measured[1] + block.seconds]
-                    if measured[1] >= CALIBRATION_SECONDS:
+                if may_plan and calls > 1:  # the first call compiles
+                    measured_steps += block.count * thin
+                    measured_seconds += block.seconds
+                    if measured_seconds >= CALIBRATION_SECONDS:
                         may_plan = False
-                        plan = _plan(job, measured[1] / measured[0], limit, done * thin)
+                        plan = _plan(job, measured_seconds / measured_steps, done * thin)
                         if plan is not None:
                             break
                 tree = {"carry": gather(carry, job.placement), "records": records}
@@ -395,13 +410,15 @@ def warm_up(job: Job) -> bool:
                 if job.stop.at(stop_at):
                     break
             if plan is not None:
-                # The adaptation's schedule depends on its length: begin again with the new one.
+                # The tuning's schedule depends on its length: begin again with the new one.
                 notes.append(plan.pop("note"))
                 _commit(job, checkpoint=None, notes=notes, **plan)
                 program, carry, done, records = _begin_warmup(job, data)
-                thin, total = program.warmup.thin, program.warmup.records
+                thin, total, calls = program.warmup.thin, program.warmup.records, 0
+                # Planned to fit; should the machine slow down, some time is left for draws.
+                stop_at = job.stop.share(PLANNED_SHARE)
                 update(0, "planned anew for the time budget")
-        if job.stop.interrupted:
+        if job.stop.interrupted and done < total:
             return False
         update(program.warmup.total, "")
     if done < total:
@@ -470,14 +487,7 @@ def draw(job: Job) -> bool:
                     break
         if job.stop.interrupted and done < total:
             return False
-    changes: dict[str, Any] = {"stage": "results", "stopped": None}
-    if done < total:
-        changes["stopped"] = "time budget"
-        changes["notes"] = [
-            *job.manifest["notes"],
-            f"sampling was ended by the time budget after {done} of {total} draws per chain",
-        ]
-    job.store.commit(**changes)
+    job.store.commit(stage="results", stopped="time budget" if done < total else None)
     return True
 
 
@@ -579,16 +589,18 @@ def _create_arrays(job: Job, stats: dict[str, np.dtype]) -> None:
     store.create_arrays(folder / "stats", dict.fromkeys(stats, ()), stats, chains, draws)
 
 
-def _plan(job: Job, step_seconds: float, limit: float | None, steps_done: int) -> dict | None:
+def _plan(job: Job, step_seconds: float, steps_done: int) -> dict[str, Any] | None:
     """Return fewer warm-up steps and draws if the planned ones do not fit, else None."""
-    assert limit is not None
     warmup, draws, thin = (job.manifest[name] for name in ("warmup", "draws", "thin"))
-    left = limit - time.monotonic()
+    left = max(0.0, (job.stop.sampling_deadline or 0.0) - time.monotonic())
     if (warmup - steps_done + draws * thin) * step_seconds <= left:
         return None
-    # Beginning again costs the steps done so far; 0.9 for saving blocks and the second start.
-    share = 0.9 * left / ((warmup + draws * thin) * step_seconds)
-    fewer = {"warmup": max(1, int(warmup * share)), "draws": max(1, int(draws * share))}
+    # 0.7: blocks are saved too, and the new programs compile.
+    share = 0.7 * left / ((warmup + draws * thin) * step_seconds)
+    fewer = {
+        "warmup": min(warmup, max(MIN_PLANNED, int(warmup * share))),
+        "draws": min(draws, max(MIN_PLANNED, int(draws * share))),
+    }
     note = (
         f"planned for the time budget: {fewer['warmup']} of {warmup} warm-up steps and "
         f"{fewer['draws']} of {draws} draws per chain"
@@ -610,6 +622,7 @@ def _note(stats: dict[str, np.ndarray]) -> str:
 
 def _remove_partial_files(folder: Path) -> None:
     """Remove what a killed process left half-written."""
-    for pattern in ("**/.*.tmp", "**/*.partial"):
-        for path in folder.glob(pattern):
-            path.unlink(missing_ok=True)
+    for pattern in ("**/.*.tmp", "**/.*.tmp.old", "**/*.partial"):
+        for path in list(folder.glob(pattern)):
+            # Zarr trees are folders.
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)

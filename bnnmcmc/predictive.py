@@ -106,7 +106,19 @@ def _pieces(draws: Draws) -> Iterator[np.ndarray]:
             yield np.swapaxes(block[:, low : low + count], 0, 1).reshape(-1, block.shape[-1])
 
 
-def pool(posterior, draws: Draws, x, y=None, *, seed: int = 0) -> Pooled:
+def thinned(draws: Draws, every: int) -> Draws:
+    """Keep every so many draws of each chain, without reading them."""
+
+    def blocks() -> Iterator[np.ndarray]:
+        first = 0
+        for block in draws.blocks():
+            yield block[:, -first % every :: every]
+            first += block.shape[1]
+
+    return draws._replace(draws=-(-draws.draws // every), blocks=blocks)
+
+
+def pool(posterior, draws: Draws, x, y=None, *, seed: int = 0, first_row: int = 0) -> Pooled:
     """Pool the predictive distributions of all draws.
 
     Parameters
@@ -118,6 +130,9 @@ def pool(posterior, draws: Draws, x, y=None, *, seed: int = 0) -> Pooled:
         Targets to score.
     seed : int
         For the predictive samples.
+    first_row : int
+        The number of the first row, if ``x`` is a part of a longer table: predictive samples are
+        then those of the whole table.
 
     Returns
     -------
@@ -144,8 +159,11 @@ def pool(posterior, draws: Draws, x, y=None, *, seed: int = 0) -> Pooled:
     key = stage_key(seed, "prediction")
     parts = []
     for low in range(0, len(x), chunk):
-        rows = np.arange(low, min(low + chunk, len(x)))
-        shared = _shared(posterior, evaluator.placement, rows, x, y)
+        here = slice(low, low + chunk)
+        rows = first_row + np.arange(len(x))[here]
+        shared = _shared(
+            posterior, evaluator.placement, rows, x[here], None if y is None else y[here]
+        )
         parts.append(_pool_rows(draws, evaluator, every, key, shared))
     return _join(parts)
 
@@ -221,9 +239,8 @@ def _shared(posterior, placement: Placement, rows: np.ndarray, x, y) -> tuple:
     """Put some rows, and their numbers, on the devices (a zero where there are no targets)."""
     dtype = jnp.result_type(float)
     target = jnp.int32 if posterior.likelihood.task == "classification" else dtype
-    here = slice(rows[0], rows[-1] + 1)
-    y = jnp.asarray(0 if y is None else y[here], target)
-    return replicate((jnp.asarray(rows, jnp.int32), jnp.asarray(x[here], dtype), y), placement)
+    y = jnp.asarray(0 if y is None else y, target)
+    return replicate((jnp.asarray(rows, jnp.int32), jnp.asarray(x, dtype), y), placement)
 
 
 def _pool_rows(draws: Draws, evaluator: _Evaluator, every: int, key, shared: tuple) -> Pooled:
@@ -301,19 +318,16 @@ def _join(parts: list[Pooled]) -> Pooled:
     )
 
 
-def per_draw(
-    posterior, draws: Draws, x, y=None, *, every: int = 1, seed: int = 0
-) -> dict[str, np.ndarray]:
-    """Evaluate single draws on a few rows, for diagnostics and ArviZ.
+def per_draw(posterior, draws: Draws, x, y=None, *, seed: int = 0) -> dict[str, np.ndarray]:
+    """Evaluate every single draw on a few rows, for diagnostics and ArviZ.
 
     Parameters
     ----------
     posterior : Posterior
     draws : Draws
+        See `thinned` for long chains.
     x : array (rows, features)
     y : array, optional
-    every : int
-        Keep every so many draws of each chain.
     seed : int
         For the predictive samples.
 
@@ -332,19 +346,14 @@ def per_draw(
     evaluator = _evaluator(posterior, draws.layout, 1, y is not None, _batch_size(draws))
     shared = _shared(posterior, evaluator.placement, np.arange(len(x)), x, y)
     key = stage_key(seed, "prediction")
-    count = -(-draws.draws // every)
     result: dict[str, np.ndarray] = {}
     for numbers, flat in _batches(draws):
-        chosen = (numbers // draws.chains) % every == 0
-        if not chosen.any():
-            continue
-        numbers = numbers[chosen]
-        found = evaluator.evaluate(numbers, flat[chosen], key, *shared)
-        slots = (numbers % draws.chains, numbers // draws.chains // every)
-        for name, value in found.items():
+        draw, chain = np.divmod(numbers, draws.chains)
+        for name, value in evaluator.evaluate(numbers, flat, key, *shared).items():
             if name == "samples":
                 value = value[:, 0]
             if name not in result:
-                result[name] = np.empty((draws.chains, count, *value.shape[1:]), value.dtype)
-            result[name][slots] = value
+                shape = (draws.chains, draws.draws, *value.shape[1:])
+                result[name] = np.empty(shape, value.dtype)
+            result[name][chain, draw] = value
     return result

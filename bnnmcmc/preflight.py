@@ -72,32 +72,31 @@ def check_free(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder}: is a file, expected a folder that is new or empty")
     found = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-    others = [n for n in found if n not in SETUP_FILES and not n.endswith(".tmp")]
+    # A cut-off start has left its lock file; without it, a config.toml there is the user's own.
+    ours = SETUP_FILES if ".lock" in found else set()
+    others = [n for n in found if n not in ours and not (ours and n.endswith(".tmp"))]
     if others:
         raise InputError(
             f"{folder}: is not empty (it holds {others[0]!r}); choose another folder with --out"
         )
 
 
-def draw_bytes(config: Config, of: trees.Layout) -> int:
-    """Return how much disk the draws of a run need, in bytes."""
-    item = 8 if config.run.precision == "float64" else 4
-    chains, draws = config.ensemble.members, config.sampler.draws
-    return item * chains * draws * (of.size + 8)
+def draw_bytes(of: trees.Layout, chains: int, draws: int) -> int:
+    """Return how much disk draws and their statistics need, in bytes."""
+    return jnp.result_type(float).itemsize * chains * draws * (of.size + 8)
 
 
-def check_disk(folder: Path, config: Config, of: trees.Layout) -> None:
-    """Raise InputError if the disk has not enough room for the run's draws."""
+def check_disk(folder: Path, of: trees.Layout, chains: int, draws: int) -> None:
+    """Raise InputError if the disk has not enough room for so many draws per chain."""
     place = folder
     while not place.exists():
         place = place.parent
-    free, needed = shutil.disk_usage(place).free, draw_bytes(config, of)
+    free, needed = shutil.disk_usage(place).free, draw_bytes(of, chains, draws)
     if needed > free:
         raise InputError(
-            f"{folder}: the draws need {needed / 1e9:.2f} GB ({config.ensemble.members} chains x "
-            f"{config.sampler.draws} draws x {of.size} parameters), but the disk has "
-            f"{free / 1e9:.2f} GB free; lower sampler.draws, raise sampler.thin, or use another "
-            "disk with --out"
+            f"{folder}: the draws need {needed / 1e9:.2f} GB ({chains} chains x {draws} draws x "
+            f"{of.size} parameters), but the disk has {free / 1e9:.2f} GB free; lower "
+            "sampler.draws, raise sampler.thin, or use another disk with --out"
         )
 
 
@@ -179,7 +178,7 @@ def estimate(
     return Estimate(
         of.size,
         _memory(config, dataset, of),
-        draw_bytes(config, of),
+        draw_bytes(of, config.ensemble.members, sampler.draws),
         epoch,
         config.ensemble.max_epochs,
         gradient,

@@ -1,5 +1,6 @@
 """What a run comes to: scores, predictions, diagnostics and the ArviZ file, from its draws."""
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,14 @@ import numpy as np
 from bnnmcmc import diagnostics, store
 from bnnmcmc.data import target_to_units
 from bnnmcmc.prediction import in_target_units
-from bnnmcmc.predictive import draws_in_memory, pool
+from bnnmcmc.predictive import draws_in_memory, pool, thinned
 from bnnmcmc.run import Run, open_inputs, scores
-from bnnmcmc.stopping import locked
+from bnnmcmc.stopping import FolderInUseError, locked
 
-# Diagnostics look at no more draws per chain and weights than this.
-MAX_DIAGNOSED_DRAWS, MAX_DIAGNOSED_WEIGHTS = 4000, 200
+# Diagnostics look at so many draws of a chain at the most, fewer of each if there are many chains,
+# and at so many weights.
+MAX_DIAGNOSED_DRAWS, MIN_DIAGNOSED_DRAWS, TOTAL_DIAGNOSED = 4000, 100, 200_000
+MAX_DIAGNOSED_WEIGHTS = 200
 QUANTILES = (0.025, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.975)
 
 
@@ -31,7 +34,7 @@ def write_results(run: Run, run_store: store.Store, kind: str) -> None:
     """
     folder, dataset = run_store.folder, run.dataset
     assert dataset is not None
-    write_diagnostics(run, run_store)
+    write_diagnostics(run, run_store, *diagnose(run))
     if len(dataset.test):
         _write_scores(run, folder)
     if kind != "none":
@@ -42,12 +45,21 @@ def write_results(run: Run, run_store: store.Store, kind: str) -> None:
             diagnostics.write_datatree(run.to_arviz(every=every), path, chosen)
 
 
-def write_diagnostics(run: Run, run_store: store.Store) -> None:
-    """Write the chains' status, diagnostics.csv and diagnostics.json."""
-    table, summary = diagnose(run)
+def write_diagnostics(run: Run, run_store: store.Store, table, summary) -> None:
+    """Write the chains' status, diagnostics.csv and diagnostics.json; the run must be locked."""
     diagnostics.write_table(run_store.folder / "diagnostics.csv", table)
     store.write_json(run_store.folder / "diagnostics.json", summary)
     run_store.commit(status=[{"chain": i, **s._asdict()} for i, s in enumerate(run.status)])
+
+
+def diagnose_folder(folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Diagnose the draws so far; write the tables too, unless the run is still at work."""
+    run = Run.open(folder)
+    table, summary = diagnose(run)
+    with suppress(FolderInUseError), locked(folder):
+        # The manifest of now, not the one the draws were read by.
+        write_diagnostics(run, store.Store(folder, store.read_manifest(folder)), table, summary)
+    return table, summary
 
 
 def refresh_results(folder: Path) -> None:
@@ -71,16 +83,14 @@ def diagnose(run: Run) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     cost is bounded; their ESS is then a lower bound.
     """
     stats = run.stats
-    every = max(1, -(-run.draws.draws // MAX_DIAGNOSED_DRAWS))
+    most = max(MIN_DIAGNOSED_DRAWS, min(MAX_DIAGNOSED_DRAWS, TOTAL_DIAGNOSED // run.draws.chains))
+    every = max(1, -(-run.draws.draws // most))
     functions = run.function_draws(every)
     stride = max(1, -(-run.draws.layout.size // MAX_DIAGNOSED_WEIGHTS))
-    kept, first = [], 0
-    for block in run.draws.blocks():
-        kept.append(block[:, -first % every :: every, ::stride])
-        first += block.shape[1]
+    weights = [block[..., ::stride] for block in thinned(run.draws, every).blocks()]
     table = diagnostics.chain_table(
         log_density=stats["log_density"],
-        positions=np.concatenate(kept, axis=1),
+        positions=np.concatenate(weights, axis=1),
         functions=functions,
         stats=stats,
         statuses=list(run.status),
@@ -97,7 +107,8 @@ def _write_scores(run: Run, folder: Path) -> None:
     sources = {
         "best_member": draws_in_memory(jax.tree.map(lambda leaf: leaf[best : best + 1], members)),
         "ensemble": draws_in_memory(members),
-        "posterior": run.pooled_draws,
+        # Without a single finite chain the scores are NaN, as the draws are.
+        "posterior": run.pooled_draws if run.pooled_chains else run.draws,
     }
     found = {
         name: pool(run.posterior, draws, x, y, seed=run.seed) for name, draws in sources.items()

@@ -59,7 +59,9 @@ def predict_table(
         for low in range(0, len(x), CHUNK_ROWS):
             here = slice(low, low + CHUNK_ROWS)
             target = None if y is None else y[here]
-            pooled = pool(run.posterior, run.pooled_draws, x[here], target, seed=run.seed)
+            pooled = pool(
+                run.posterior, run.pooled_draws, x[here], target, seed=run.seed, first_row=low
+            )
             frames.append(in_target_units(pooled, run.encoding).to_frame(level))
             if target is not None:
                 scored.append((len(frames[-1]), scores(pooled, target, run.encoding)["target"]))

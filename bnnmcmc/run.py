@@ -11,7 +11,7 @@ import numpy as np
 
 from bnnmcmc import health, metrics, store, trees
 from bnnmcmc.build import make_posterior, sampling_rows
-from bnnmcmc.config import Config, read_config, to_toml
+from bnnmcmc.config import Config, read_config
 from bnnmcmc.data import (
     Dataset,
     Encoding,
@@ -26,7 +26,7 @@ from bnnmcmc.data import (
 from bnnmcmc.errors import InputError
 from bnnmcmc.posterior import Posterior
 from bnnmcmc.prediction import Prediction, in_target_units
-from bnnmcmc.predictive import Draws, Pooled, draws_in_memory, per_draw, pool
+from bnnmcmc.predictive import Draws, Pooled, draws_in_memory, per_draw, pool, thinned
 from bnnmcmc.sampling import sample_density
 
 # The ArviZ tree is thinned to about this size: its log-likelihoods grow with rows x draws.
@@ -238,7 +238,7 @@ class Run:
         if self.dataset is not None and len(self.dataset.test):
             x = self.dataset.x[self.dataset.test]
         few = x[:: max(1, -(-len(x) // MAX_FUNCTION_ROWS))]
-        found = per_draw(self.posterior, self.draws, few, every=every)
+        found = per_draw(self.posterior, thinned(self.draws, every), few)
         values = found["mean"] if "mean" in found else found["probabilities"][..., 1:]
         return values.reshape(*values.shape[:2], -1)
 
@@ -265,7 +265,8 @@ class Run:
             every = max(1, -(-self.draws.draws * draw_bytes // ARVIZ_BYTES))
         if every < 1:
             raise InputError(f"every: found {every}, expected at least 1")
-        found = per_draw(self.posterior, self.draws, self.x, self.y, every=every, seed=self.seed)
+        draws = thinned(self.draws, every)
+        found = per_draw(self.posterior, draws, self.x, self.y, seed=self.seed)
         encoding, classes = self.encoding, None
         if "samples" in found:
             predicted, observed = found["samples"], np.asarray(self.y)
@@ -282,7 +283,7 @@ class Run:
             predicted, observed = (uniform > below).sum(axis=-1), np.asarray(self.y)
             targets = (encoding.targets[0].name,) if encoding else ("y",)
             classes = encoding.classes if encoding else None
-        flat = np.concatenate(list(self.draws.blocks()), axis=1)[:, ::every]
+        flat = np.concatenate(list(draws.blocks()), axis=1)
         names = self.draws.layout.names
         return diagnostics.to_datatree(
             draws=dict(zip(names, trees.split_flat(flat, self.draws.layout), strict=True)),
@@ -412,9 +413,9 @@ def check_precision(config: Config) -> None:
         )
 
 
-def config_fingerprint(config: Config) -> str:
-    """Return a checksum of all settings."""
-    return hashlib.sha256(to_toml(config).encode()).hexdigest()
+def config_fingerprint(text: bytes) -> str:
+    """Return a checksum of the bytes of a config.toml."""
+    return hashlib.sha256(text).hexdigest()
 
 
 def open_inputs(folder: Path, manifest: dict[str, Any]) -> tuple[Config, Dataset]:
@@ -426,8 +427,9 @@ def open_inputs(folder: Path, manifest: dict[str, Any]) -> tuple[Config, Dataset
         One of them is missing, damaged, or was changed after the run began.
     """
     config = read_config(folder / "config.toml")
+    text = (folder / "config.toml").read_bytes()
     advice = "put the original back, or start a new run with the changed one in another folder"
-    if config_fingerprint(config) != manifest["config"]:
+    if config_fingerprint(text) != manifest["config"]:
         raise InputError(
             f"{folder / 'config.toml'}: changed since the run began; its draws would no longer fit "
             f"it; {advice}"

@@ -11,6 +11,7 @@ import numpy as np
 from rich.console import Console
 
 from bnnmcmc.errors import InputError
+from bnnmcmc.store import disk_errors
 
 # Of a time budget, scores and report get this part, within these seconds.
 RESULTS_SHARE, RESULTS_SECONDS = 0.15, (8.0, 120.0)
@@ -29,8 +30,9 @@ class Stop:
         return self.interrupted or (deadline is not None and time.monotonic() >= deadline)
 
     def share(self, part: float) -> float | None:
-        """Return the time at which this part of the budget is used up."""
-        return None if self.deadline is None else self.begun + part * (self.deadline - self.begun)
+        """Return when this part of the time until sampling must end will be used up."""
+        now, end = time.monotonic(), self.sampling_deadline
+        return None if end is None else now + part * max(0.0, end - now)
 
     @property
     def sampling_deadline(self) -> float | None:
@@ -42,22 +44,30 @@ class Stop:
         )
 
 
+class FolderInUseError(InputError):
+    """Another process is working on the run folder."""
+
+
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Keep other processes from working on the same run folder.
 
     Raises
     ------
-    InputError
+    FolderInUseError
         Another process is at work there.
+    InputError
+        The folder cannot be written to.
     """
     import fcntl
 
-    with open(folder / ".lock", "w") as file:
+    with disk_errors(folder):
+        file = open(folder / ".lock", "w")  # noqa: SIM115
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise InputError(
+            raise FolderInUseError(
                 f"{folder}: another process is working on this run; wait for it, or stop it first"
             ) from error
         yield

@@ -1,7 +1,7 @@
 """What the command line prints when a run ends: read from the run folder, no JAX."""
 
-import csv
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -63,30 +63,35 @@ def print_summary(console: Console, folder: Path) -> None:
         "time": _times(manifest["seconds"]),
     }
     _print_pairs(console, lines)
-    for note in manifest["notes"]:
-        console.print(f"[yellow]note[/]      {escape(note)}", highlight=False)
+    notes = list(manifest["notes"])
+    if manifest["stopped"] == "time budget":
+        notes.append(f"sampling was ended by the time budget after {_draws_done(manifest)} draws")
+    for note in notes:
+        console.print(f"[yellow]note[/]      {escape(note)}", highlight=False, soft_wrap=True)
     _print_scores(console, folder)
     _print_status(console, manifest["status"])
     files = {
         "report": str(folder / "report.html"),
         "folder": str(folder),
-        "more": f"bnnmcmc resume {folder} --draws {manifest['draws']}",
+        "more": f"bnnmcmc resume {shlex.quote(str(folder))} --draws {manifest['draws']}",
     }
     console.print()
     _print_pairs(console, {k: v for k, v in files.items() if k != "report" or Path(v).exists()})
 
 
-def print_diagnostics(console: Console, folder: Path) -> None:
-    """Print diagnostics.csv as a table, and the verdict.
+def print_diagnostics(
+    console: Console, rows: list[dict[str, Any]], summary: dict[str, Any]
+) -> None:
+    """Print the table of chains, the verdict, and what is wrong with which chain.
 
     Parameters
     ----------
     console : Console
-    folder : Path
-        A run folder with ``diagnostics.csv`` and ``diagnostics.json``.
+    rows : list of dict
+        As `diagnostics.chain_table` returns it.
+    summary : dict
+        As `diagnostics.run_summary` returns it.
     """
-    with open(folder / "diagnostics.csv", newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
     titles = {
         "chain": "chain",
         "status": "status",
@@ -101,38 +106,37 @@ def print_diagnostics(console: Console, folder: Path) -> None:
         "rhat_function_median": "R-hat predictions",
         "rhat_weights_max": "worst R-hat weights",
     }
-    used = [name for name in titles if any(row.get(name) for row in rows)]
+    used = [name for name in titles if any(row[name] is not None for row in rows)]
     table = Table(title="Chains", title_justify="left", title_style="bold", box=None)
     for name in used:
         table.add_column(titles[name], justify="left" if name == "status" else "right")
-    for row in _readable(rows):
+    shown = _readable(rows)
+    for row in shown:
         table.add_row(*(escape(_short(row[name])) for name in used))
     console.print(table)
-    if len(rows) > len(_readable(rows)):
+    if len(rows) > len(shown):
         console.print(f"[dim]the worst of {len(rows)} chains; all are in diagnostics.csv[/]")
-    for sentence in json.loads((folder / "diagnostics.json").read_text())["verdict"]:
+    console.print()
+    for sentence in summary["verdict"]:
         console.print(f"• {escape(sentence)}", highlight=False)
-    manifest = read_manifest(folder)
-    _print_status(console, manifest["status"])
+    _print_status(console, rows)
 
 
-def _readable(rows: list[dict[str, str]], most: int = 30) -> list[dict[str, str]]:
+def _readable(rows: list[dict[str, Any]], most: int = 30) -> list[dict[str, Any]]:
     """Return all rows, or of many the worst ten: not ok first, then by ESS of the predictions."""
     if len(rows) <= most:
         return rows
 
     def badness(row):
-        return row["status"] == "ok", float(row.get("ess_function_median") or 0)
+        return row["status"] == "ok", row["ess_function_median"] or 0
 
     return sorted(rows, key=badness)[:10]
 
 
-def _short(cell: str) -> str:
-    try:
-        number = float(cell)
-    except ValueError:
-        return cell or "-"
-    return cell if number.is_integer() and abs(number) < 1e7 else f"{number:.4g}"
+def _short(cell: Any) -> str:
+    if isinstance(cell, float):
+        return f"{cell:.4g}"
+    return "-" if cell is None else str(cell)
 
 
 def _print_pairs(console: Console, pairs: dict[str, str]) -> None:

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from bnnmcmc.config import read_config
+from bnnmcmc.config import read_config, to_toml
 from bnnmcmc.errors import InputError
 from bnnmcmc.store import read_manifest, write_atomic
 
@@ -48,10 +48,19 @@ def parse_grid(axes: list[str]) -> dict[str, list[str]]:
             raise InputError(f"--grid {axis}: {key.strip()} is given twice")
         try:
             values = tomllib.loads(f"v = [{text}]")["v"]
-            grid[key.strip()] = [json.dumps(value) for value in values]
+            grid[key.strip()] = [_as_toml(value) for value in values]
         except tomllib.TOMLDecodeError:  # bare words
             grid[key.strip()] = [word.strip() for word in text.split(",")]
     return grid
+
+
+def _as_toml(value: Any) -> str:
+    """Write a value in one line, as ``--set`` takes it."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key} = {_as_toml(v)}" for key, v in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_as_toml, value)) + "]"
+    return json.dumps(value)
 
 
 def run_sweep(config: Path, axes: list[str], seeds: int, folder: Path, settings: list[str]) -> int:
@@ -117,8 +126,15 @@ def _folder_name(point: dict[str, str], seed: int) -> str:
 
 
 def _run_one(config: Path, folder: Path, settings: list[str]) -> int:
+    """Run, resume or skip one run; return its exit status, 130 after Ctrl-C."""
     command = [sys.executable, "-m", "bnnmcmc"]
     if (folder / "manifest.json").is_file():
+        wanted = to_toml(read_config(config, settings))
+        if (folder / "config.toml").read_text(encoding="utf-8") != wanted:
+            raise InputError(
+                f"{folder}: holds a run with other settings than those asked for now; give another "
+                "folder with --out, or remove that one"
+            )
         if read_manifest(folder)["stage"] == "done":
             return 0
         command += ["resume", str(folder)]
@@ -126,11 +142,13 @@ def _run_one(config: Path, folder: Path, settings: list[str]) -> int:
         command += ["run", str(config), "--out", str(folder), "--set", *settings]
     # The summary of a single run would drown the table; progress and errors go to stderr.
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    interrupted = False
     while True:
         try:
-            return process.wait()
+            code = process.wait()
+            return 130 if interrupted else code
         except KeyboardInterrupt:
-            continue  # the run got it too, and ends after its block
+            interrupted = True  # the run got it too, and ends after its block
 
 
 def _result(folder: Path, point: dict[str, str], seed: int, code: int) -> dict[str, Any]:
@@ -159,7 +177,8 @@ def _print(out: Console, results: list[dict[str, Any]], keys: list[str]) -> None
     groups: dict[tuple, list[dict[str, Any]]] = {}
     for result in results:
         groups.setdefault(tuple(result[key] for key in keys), []).append(result)
-    error = "posterior_accuracy" if "posterior_accuracy" in results[0] else "posterior_rmse"
+    classes = any("posterior_accuracy" in result for result in results)
+    error = "posterior_accuracy" if classes else "posterior_rmse"
     columns = {
         "posterior_lppd": "LPPD posterior",
         "ensemble_lppd": "LPPD ensemble",

@@ -228,6 +228,11 @@ def test_output_folder_in_use(tiny, finished):
     with pytest.raises(InputError, match=r"is not empty \(it holds 'thesis\.docx'\)"):
         start(tiny)
     shutil.rmtree(tiny / "run")
+    (tiny / "run").mkdir()
+    (tiny / "run" / "config.toml").write_text("# mine")
+    with pytest.raises(InputError, match=r"is not empty \(it holds 'config\.toml'\)"):
+        start(tiny)
+    shutil.rmtree(tiny / "run")
     (tiny / "run").write_text("a file")
     with pytest.raises(InputError, match="is a file, expected a folder"):
         start(tiny)

@@ -9,7 +9,7 @@ from bnnmcmc.errors import InputError
 from bnnmcmc.likelihoods import bernoulli, categorical, gaussian
 from bnnmcmc.models.mlp import mlp
 from bnnmcmc.posterior import Posterior
-from bnnmcmc.predictive import Draws, draws_in_memory, per_draw, pool
+from bnnmcmc.predictive import Draws, draws_in_memory, per_draw, pool, thinned
 from bnnmcmc.priors import normal
 
 ROWS, FEATURES = 7, 2
@@ -268,6 +268,14 @@ def test_a_sampled_scale_is_part_of_the_draw():
     )
 
 
+def test_parts_of_a_table_are_the_whole_table(tree):
+    whole = pool(HETERO, draws_in_memory(tree), X, Y, seed=5)
+    rest = pool(HETERO, draws_in_memory(tree), X[3:], Y[3:], seed=5, first_row=3)
+    np.testing.assert_allclose(rest.samples, whole.samples[:, 3:], rtol=1e-5, atol=1e-6)
+    moved = pool(HETERO, draws_in_memory(tree), X[3:], Y[3:], seed=5)
+    assert np.abs(moved.samples - whole.samples[:, 3:]).max() > 0.1
+
+
 def test_without_targets_nothing_is_scored(tree, pooled):
     found = pool(HETERO, draws_in_memory(tree), X, seed=5)
     assert found.log_density is None
@@ -290,9 +298,9 @@ def test_per_draw_has_chain_and_draw_axes(tree):
 
 
 @pytest.mark.parametrize("every", [3, 7, 40, 100])
-def test_per_draw_keeps_every_so_many_of_each_chain(every, tree, monkeypatch):
+def test_thinned_keeps_every_so_many_of_each_chain(every, tree, monkeypatch):
     monkeypatch.setattr(predictive, "BATCH", 16)
-    found = per_draw(HETERO, in_blocks(tree, [3, 30, 7]), X, every=every)
+    found = per_draw(HETERO, thinned(in_blocks(tree, [3, 30, 7]), every), X)
     np.testing.assert_allclose(
         found["mean"], outputs_of(tree)[:, ::every, :, :2], rtol=1e-4, atol=1e-5
     )

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import time
 
@@ -132,6 +133,7 @@ def test_killed_before_the_first_commit_can_simply_run_again(tiny, here):
     # Set-up files without a manifest: what a kill in the first moments leaves.
     run = tiny / "run"
     run.mkdir()
+    (run / ".lock").write_text("")
     (run / "config.toml").write_text("")
     (run / ".manifest.json.123.tmp").write_text("{")
     quick = ["sampler.draws=2", "sampler.warmup=5", "ensemble.max_epochs=2"]
@@ -162,3 +164,32 @@ def test_two_processes_cannot_work_on_one_run(tiny, cli):
         process.communicate(timeout=60)
     assert code == 2
     assert "another process is working on this run" in err
+
+
+def test_diagnose_of_a_run_at_work_disturbs_nothing(tiny, undisturbed, cli, here):
+    process = start_cli("run", "tiny.toml", "--out", "run", "--quiet", "--set", *SETTINGS, cwd=tiny)
+    while process.poll() is None and committed(tiny / "run") <= (STAGES.index("sampling"), 0):
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGSTOP)  # in the midst of sampling, the lock held
+    before = (tiny / "run" / "manifest.json").read_bytes()
+    try:
+        code, out, err = here("diagnose", "run", cwd=tiny)
+        assert (tiny / "run" / "manifest.json").read_bytes() == before
+    finally:
+        os.kill(process.pid, signal.SIGCONT)
+    assert code == 0, err
+    assert "R-hat" in out
+    assert process.wait(120) == 0
+    process.communicate()
+    assert_equal_runs(undisturbed, tiny / "run")
+
+
+def test_leftovers_of_any_kind_are_removed_on_resume(finished, tmp_path, here):
+    run = shutil.copytree(finished / "run", tmp_path / "run")
+    (run / ".arviz.zarr.1.tmp").mkdir()
+    (run / ".arviz.zarr.1.tmp.old").mkdir()
+    (run / "draws" / "c.partial").write_text("")
+    code, _, err = here("resume", "run", "--draws", "2", "--quiet", cwd=tmp_path)
+    assert code == 0, err
+    left = [p.name for p in run.rglob("*") if ".tmp" in p.name or p.name.endswith(".partial")]
+    assert left == []

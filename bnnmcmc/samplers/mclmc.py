@@ -6,6 +6,7 @@ import blackjax
 import jax
 import jax.numpy as jnp
 from blackjax.mcmc import integrators
+from blackjax.util import generate_unit_vector
 
 from bnnmcmc.errors import InputError
 from bnnmcmc.samplers.kernel import Kernel, Warmup
@@ -14,6 +15,11 @@ INTEGRATORS = {
     "leapfrog": (integrators.isokinetic_velocity_verlet, 1),
     "minimal_norm": (integrators.isokinetic_mclachlan, 2),
 }
+
+# A step with a larger energy error is taken back (the limit of Stan for Hamiltonian Monte Carlo).
+MAX_ENERGY_ERROR = 1000.0
+# After such a step the bound on the step size rises by this factor at each good one.
+CAP_GROWTH = 1.02
 
 # Phase 3 keeps at most this many draws and coordinates to estimate autocorrelation times.
 MAX_TUNING_DRAWS = 1000
@@ -78,11 +84,12 @@ def mclmc(
     behind. With constant v both are the same.) In the next tenth the moments of the
     position give :math:`L = \sqrt{\sum_i \mathrm{Var}[\theta_i]}` (the step size still adapts);
     in the last tenth :math:`L = 0.4\, \epsilon\, \mathrm{mean}_i(n / \mathrm{ESS}_i)`. Starts at
-    :math:`L = \max(\sqrt d, 15)`. A step that leaves the finite numbers is taken back and caps
-    the step size at 0.8 of what it was; as long as energy errors are no more than rounding, the
-    step size doubles. A warm-up that ends early hands over the step size for
-    ``energy_variance_end``, so its draws are not hotter. L stays as it is where a phase has fewer
-    than ten draws.
+    :math:`L = \max(\sqrt d, 15)`. A step that leaves the finite numbers, or
+    whose energy error is beyond :math:`\max(1000, 30 \sqrt d)`, is taken back, counts as
+    diverging, and caps the step size at 0.8 of what it was (the cap then rises by 2 % a step). As
+    long as energy errors are no more than rounding, the step size doubles. A warm-up that ends
+    early hands over the step size for ``energy_variance_end``, so its draws are not hotter. L stays
+    as it is where a phase has fewer than ten draws.
 
     Parameters
     ----------
@@ -127,13 +134,22 @@ def mclmc(
         return blackjax.mclmc.init(position, log_density, key)
 
     def step(key, state, params, log_density):
-        state, info = transition(
-            key, state, log_density, 1.0, params.decoherence_length, params.step_size
+        dimension = state.position.shape[0]
+        key_move, key_back = jax.random.split(key)
+        moved, info = transition(
+            key_move, state, log_density, 1.0, params.decoherence_length, params.step_size
+        )
+        # One such step leaves the posterior for good: from there only tiny steps are stable.
+        far = jnp.abs(info.energy_change) > max(MAX_ENERGY_ERROR, 30.0 * dimension**0.5)
+        state = jax.lax.cond(
+            far,
+            lambda: state._replace(momentum=generate_unit_vector(key_back, state.position)),
+            lambda: moved,
         )
         return state, MCLMCInfo(
             state.logdensity,
-            jnp.square(info.energy_change) / state.position.shape[0],
-            ~jnp.asarray(info.nonans),
+            jnp.where(far, 0.0, jnp.square(info.energy_change) / dimension),
+            far | ~jnp.asarray(info.nonans),
             jnp.asarray(gradients, jnp.int32),
             params.step_size,
             params.decoherence_length,
@@ -202,7 +218,7 @@ def mile_warmup(step, num_steps, variance_start, variance_end, initial_step_size
             params=a.params._replace(step_size=jnp.where(tiny, 2.0 * epsilon, epsilon)),
             weighted_error=memory * a.weighted_error + weight * xi * wanted,
             weight_sum=memory * a.weight_sum + weight,
-            max_step_size=jnp.where(failed, 0.8 * epsilon, a.max_step_size),
+            max_step_size=jnp.where(failed, 0.8 * epsilon, CAP_GROWTH * a.max_step_size),
         )
         step_size = step_size_for(wanted, a)
         return a._replace(
