@@ -1,5 +1,6 @@
 """The command line. JAX loads only in the commands that compute."""
 
+import importlib
 import re
 import shlex
 import sys
@@ -32,7 +33,8 @@ Set = Annotated[
         name="--set",
         consume_multiple=True,
         negative=(),
-        help="Change settings: --set sampler.draws=500 run.seed=3 (values as in TOML).",
+        help="Change settings, after CONFIG: --set sampler.draws=500 run.seed=3 (values as in "
+        "TOML).",
     ),
 ]
 Budget = Annotated[
@@ -62,11 +64,17 @@ def init(
     target
         The column(s) to predict; the last one if not given.
     """
+    from bnnmcmc.config import read_config
+    from bnnmcmc.inputs import read_dataset
     from bnnmcmc.starter import write_starter
 
     said = write_starter(path, data, target)
     out = Console(highlight=False, soft_wrap=True)
     out.print(f"wrote {escape(str(path))}: {escape(said)}")
+    try:
+        read_dataset(read_config(path), path.parent)
+    except InputError as error:
+        out.print(f"[yellow]the table cannot be used as it is:[/] {escape(str(error))}")
     out.print(f"next: bnnmcmc check {escape(str(path))}, then bnnmcmc run {escape(str(path))}")
 
 
@@ -79,12 +87,13 @@ def check(config: Path, *, set: Set = None):
     config
         The experiment file.
     """
-    experiment, dataset = _experiment(config, set)
+    experiment, dataset = _experiment(config, set, _console(False))
     from bnnmcmc.preflight import check_model, estimate, print_estimate
+    from bnnmcmc.progress import working
 
-    with _console(False).status("checking model and density"):
+    with working(_console(False), "Checking model and density"):
         posterior, placement = check_model(experiment, dataset)
-    with _console(False).status("measuring one epoch and one gradient"):
+    with working(_console(False), "Measuring one epoch and one gradient"):
         cost = estimate(experiment, dataset, posterior, placement)
     print_estimate(Console(highlight=False, soft_wrap=True), experiment, dataset, placement, cost)
 
@@ -108,7 +117,7 @@ def run(
         The run folder, which must be new; by default runs/NAME, runs/NAME-2, ...
     """
     _budget(time_budget)  # a mistake in it shows before anything loads
-    experiment, dataset = _experiment(config, set)
+    experiment, dataset = _experiment(config, set, _console(quiet))
     from bnnmcmc.pipeline import start_run
 
     folder = out or _new_folder(Path("runs") / config.stem)
@@ -148,7 +157,9 @@ def resume(
     _budget(time_budget)  # a mistake in it shows before anything loads
     _configure_for(folder)
     from bnnmcmc.pipeline import resume_run
+    from bnnmcmc.store import read_manifest
 
+    before = read_manifest(folder)
     done = resume_run(
         folder,
         console=_console(quiet),
@@ -156,6 +167,8 @@ def resume(
         budget=_budget(time_budget),
         other_versions=other_versions,
     )
+    if read_manifest(folder)["blocks"] == before["blocks"] and before["stage"] == "done":
+        Console().print("This run was complete already; add draws with --draws N.")
     return _end(folder, done)
 
 
@@ -207,10 +220,11 @@ def diagnose(folder: Path):
         The run folder, finished or not.
     """
     _configure_for(folder)
+    from bnnmcmc.progress import working
     from bnnmcmc.results import diagnose_folder
     from bnnmcmc.summary import print_diagnostics
 
-    with _console(False).status("reading draws, computing R-hat and ESS"):
+    with working(_console(False), "Reading draws, computing R-hat and ESS"):
         table, summary = diagnose_folder(folder)
     print_diagnostics(Console(), table, summary)
 
@@ -229,9 +243,10 @@ def report(folder: Path):
     manifest = read_manifest(folder)
     if manifest["stage"] != "done" and manifest["blocks"]:
         _configure_for(folder)
+        from bnnmcmc.progress import working
         from bnnmcmc.results import refresh_results
 
-        with _console(False).status("scores and diagnostics of the draws so far"):
+        with working(_console(False), "Scores and diagnostics of the draws so far"):
             refresh_results(folder)
     from bnnmcmc.report.page import write_report
 
@@ -296,14 +311,17 @@ def seconds(text: str) -> float:
     return total
 
 
-def _experiment(path: Path, settings: list[str] | None):
+def _experiment(path: Path, settings: list[str] | None, console: Console):
     """Read config and data, then configure JAX: mistakes in files show before JAX loads."""
     from bnnmcmc.config import read_config
     from bnnmcmc.inputs import read_dataset
+    from bnnmcmc.progress import working
 
     config = read_config(path, settings or [])
-    dataset = read_dataset(config, path.parent)
-    _configure_jax(config)
+    with working(console, f"Reading {config.data.path or config.data.source}"):
+        dataset = read_dataset(config, path.parent)
+    with working(console, "Starting JAX"):
+        _configure_jax(config)
     return config, dataset
 
 
@@ -321,6 +339,7 @@ def _configure_jax(config) -> None:
 
     use_all_cores(config.run.devices or None)
     use_precision(config.run.precision)
+    importlib.import_module("bnnmcmc.run")
 
 
 def _new_folder(base: Path) -> Path:
@@ -361,5 +380,6 @@ def main(arguments: list[str] | None = None) -> None:
         )
         code = 2
     except KeyboardInterrupt:
+        Console(stderr=True).print("Interrupted.")
         code = 130
     sys.exit(code if isinstance(code, int) else 0)

@@ -86,13 +86,28 @@ class DataConfig(Section):
         return value
 
 
+# The names in models/mlp.py, which imports JAX; a test holds both together.
+Activation = Literal[
+    "tanh",
+    "relu",
+    "leaky_relu",
+    "silu",
+    "gelu",
+    "elu",
+    "softplus",
+    "sigmoid",
+    "sin",
+    "identity",
+]
+
+
 class ModelConfig(Section):
     """[model]: the network."""
 
     hidden: list[Annotated[int, Field(ge=1)]] = Field(
         default=[16, 16, 16], description="widths of the hidden layers; [] is a linear model"
     )
-    activation: str = Field(default="silu", description="tanh, relu, silu, gelu, ...")
+    activation: Activation = "silu"
     skip: bool = Field(default=False, description="residual connections between equal widths")
     network: str | None = Field(
         default=None, description="module:function(features, outputs) -> Network, instead of an MLP"

@@ -72,6 +72,10 @@ class Ensemble(NamedTuple):
     epochs: np.ndarray
     history: np.ndarray
 
+    def __repr__(self) -> str:
+        best = float(np.min(self.validation_loss))
+        return f"<Ensemble: {len(self.epochs)} members, best validation loss {best:.4g}>"
+
 
 class EpochBlock(NamedTuple):
     """What one call computed: losses (member, count, 2) and the members' state, on devices."""

@@ -286,12 +286,11 @@ def _finish(job: Job) -> bool:
     # Pictures need matplotlib and SciPy: seconds that a run should not begin with.
     from bnnmcmc.report.page import write_report
 
-    with _timed(job, "results"), job.console.status("scores, diagnostics and report"):
+    with _timed(job, "results"), progress.working(job.console, "Scores, diagnostics, report"):
         write_results(Run.open(job.store.folder), job.store, job.config.run.arviz)
     # The report shows the time of this very stage, so it comes last, after the commit.
     job.store.commit(stage="done")
-    with job.console.status("report"):
-        write_report(job.store.folder)
+    write_report(job.store.folder)
     return True
 
 
@@ -349,7 +348,7 @@ def train_ensemble(job: Job) -> bool:
         complete = done >= config.max_epochs or stopped.all()
         if job.stop.interrupted and not complete:
             return False
-        update(config.max_epochs, f"{done} epochs")
+        update(done, f"{done} epochs, {stopped.sum()} members stopped early", finished=True)
     notes = list(job.manifest["notes"])
     if not complete:
         notes.append(f"training was ended by the time budget after {done} epochs")
@@ -420,7 +419,6 @@ def warm_up(job: Job) -> bool:
                 update(0, "planned anew for the time budget")
         if job.stop.interrupted and done < total:
             return False
-        update(program.warmup.total, "")
     if done < total:
         notes.append(
             f"warm-up was ended by the time budget after {done * thin} of "

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import pandas
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Prediction:
     """The pooled predictive distribution of some rows.
 
@@ -41,6 +41,12 @@ class Prediction:
     samples: np.ndarray | None = None
     probabilities: np.ndarray | None = None
     classes: tuple[Label, ...] | None = None
+
+    def __repr__(self) -> str:
+        found = self.mean if self.probabilities is None else self.probabilities
+        rows = 0 if found is None else len(found)
+        what = "mean, sd and samples" if self.probabilities is None else "class probabilities"
+        return f"<Prediction: {what} of {', '.join(self.targets)} for {rows} rows>"
 
     def quantile(self, levels) -> np.ndarray:
         """Return quantiles of the predictive distribution, from its samples.

@@ -1,8 +1,9 @@
 """Progress on the terminal: a bar where there is a terminal, a line now and then elsewhere."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Protocol
 
 from rich.console import Console
 from rich.progress import (
@@ -15,12 +16,18 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Column
 from rich.text import Text
 
 # Without a terminal (a log file, a batch job), one line this often.
 LINE_SECONDS = 15.0
 
-Update = Callable[[int, str], None]
+
+class Update(Protocol):
+    """What a stage calls as it goes on."""
+
+    def __call__(self, done: int, note: str, finished: bool = False) -> None:
+        """Show the work done so far, and a few words; a stage may finish before its total."""
 
 
 class RateColumn(ProgressColumn):
@@ -51,6 +58,17 @@ def duration(seconds: float) -> str:
 
 
 @contextmanager
+def working(console: Console, text: str) -> Iterator[None]:
+    """Say what is being done where there is nothing to count."""
+    if console.is_terminal:
+        with console.status(text):
+            yield
+    else:
+        console.print(f"{text} ...", highlight=False, soft_wrap=True)
+        yield
+
+
+@contextmanager
 def stage(console: Console, label: str, total: int, unit: str, done: int = 0) -> Iterator[Update]:
     """Show the progress of one stage.
 
@@ -67,47 +85,68 @@ def stage(console: Console, label: str, total: int, unit: str, done: int = 0) ->
 
     Yields
     ------
-    callable
-        ``update(done, note)``: work done so far, and a few words on how it goes.
+    Update
+        ``update(done, note, finished=False)``.
     """
-    if not console.is_terminal:
-        yield _lines(console, label, total, unit, done)
-        return
-    columns = (
+    shown = _bar if console.is_terminal else _lines
+    with shown(console, label, total, unit, done) as update:
+        yield update
+
+
+@contextmanager
+def _bar(console: Console, label: str, total: int, unit: str, done: int) -> Iterator[Update]:
+    wide = console.width >= 100
+    columns = [
         SpinnerColumn(finished_text="[green]✓"),
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        TextColumn("{task.percentage:>3.0f} %"),
-        RateColumn(),
-        TimeElapsedColumn(),
-        TextColumn("[dim]left"),
-        TimeRemainingColumn(),
-        TextColumn("[dim]{task.fields[note]}"),
-    )
-    with Progress(*columns, console=console, speed_estimate_period=30) as progress:
+        TextColumn("{task.description}", table_column=Column(no_wrap=True)),
+        BarColumn(bar_width=24 if wide else 10, table_column=Column(min_width=10)),
+        TextColumn("{task.percentage:>3.0f} %", table_column=Column(no_wrap=True)),
+        RateColumn(table_column=Column(no_wrap=True)),
+        TimeElapsedColumn(table_column=Column(no_wrap=True)),
+        TextColumn("[dim]left", table_column=Column(no_wrap=True)),
+        TimeRemainingColumn(table_column=Column(no_wrap=True, min_width=7)),
+        # Where the terminal is narrow, these words give way first.
+        TextColumn(
+            "[dim]{task.fields[note]}",
+            table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1),
+        ),
+    ]
+    if not wide:
+        del columns[5]
+    with Progress(*columns, console=console, speed_estimate_period=30, expand=True) as progress:
         task = progress.add_task(
-            f"{label:<10}", total=total, completed=done, unit=unit, note="compiling"
+            f"{label:<8}", total=total, completed=done, unit=unit, note="compiling"
         )
-        yield lambda done, note: progress.update(task, completed=done, note=note)
+
+        def update(done: int, note: str, finished: bool = False) -> None:
+            progress.update(task, completed=total if finished else done, note=note)
+
+        yield update
 
 
-def _lines(console: Console, label: str, total: int, unit: str, done: int) -> Update:
-    begun = last = time.monotonic()
-    first = done
+@contextmanager
+def _lines(console: Console, label: str, total: int, unit: str, done: int) -> Iterator[Update]:
+    begun = printed = time.monotonic()
+    first = last = done
+    words = ""
 
-    def update(done: int, note: str) -> None:
-        nonlocal last
-        now = time.monotonic()
-        if done < total and now - last < LINE_SECONDS:
+    def update(done: int, note: str, finished: bool = False) -> None:
+        nonlocal printed, last, words
+        now, last, words = time.monotonic(), done, note
+        if finished or now - printed < LINE_SECONDS:
             return
-        last = now
+        printed = now
         rate = (done - first) / max(now - begun, 1e-9)
-        left = f", {duration((total - done) / rate)} left" if rate > 0 and done < total else ""
-        console.print(
-            f"{label}: {count(done)} of {count(total)} {unit}, {count(rate)} {unit}/s{left}"
-            + (f"; {note}" if note else ""),
-            highlight=False,
-            soft_wrap=True,
-        )
+        left = f", {duration((total - done) / rate)} left" if rate > 0 else ""
+        line(f"{count(done)} of {count(total)} {unit}, {count(rate)} {unit}/s{left}", note)
 
-    return update
+    def line(text: str, note: str) -> None:
+        words = f"; {note}" if note else ""
+        console.print(f"{label}: {text}{words}", highlight=False, soft_wrap=True)
+
+    yield update
+    seconds = time.monotonic() - begun
+    line(
+        f"{count(last)} {unit} in {duration(seconds)}, {count((last - first) / seconds)} {unit}/s",
+        words,
+    )

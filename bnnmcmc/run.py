@@ -34,7 +34,7 @@ ARVIZ_BYTES = 64 * 2**20
 MAX_FUNCTION_ROWS = 50
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Run:
     """The draws of all chains, the model they belong to, and the data they condition on.
 
@@ -150,6 +150,14 @@ class Run:
             members,
             losses,
             folder,
+        )
+
+    def __repr__(self) -> str:
+        ok = sum(chain.status == "ok" for chain in self.status)
+        where = "in memory" if self.folder is None else f"in {self.folder}"
+        return (
+            f"<Run: {self.draws.chains} chains ({ok} ok) x {self.draws.draws} draws of "
+            f"{self.draws.layout.size} parameters, {where}>"
         )
 
     def load_draws(self) -> Any:
@@ -308,6 +316,10 @@ class Run:
         encoding = self.encoding
         if encoding is None:
             x = np.asarray(rows)
+            if x.ndim != 2 or x.shape[1] != self.x.shape[1]:
+                raise InputError(
+                    f"rows: found shape {x.shape}, expected (rows, {self.x.shape[1]}) as sampled on"
+                )
             target = None if y is None else np.asarray(y)
             if target is not None and self.posterior.likelihood.task == "regression":
                 target = target.reshape(len(x), -1)
@@ -315,7 +327,15 @@ class Run:
         table = rows
         if not isinstance(rows, Table):
             names = [target.name for target in encoding.targets]
-            table = table_from_arrays(rows, y, target_names=None if y is None else names)
+            # An array without names: its columns are the features, in the table's order.
+            features = [feature.name for feature in encoding.features]
+            bare = isinstance(rows, np.ndarray | list) and np.shape(rows)[1:] == (len(features),)
+            table = table_from_arrays(
+                rows,
+                y,
+                feature_names=features if bare else None,
+                target_names=None if y is None else names,
+            )
         return encode_features(encoding, table), encode_targets(encoding, table)
 
 
@@ -330,7 +350,8 @@ def sample(posterior: Posterior, positions: Any, x, y, **options) -> Run:
     x : array (rows, features)
     y : array (rows, targets), or (rows,) class indices
     **options
-        As in `sample_density`: kernel, warmup, draws, thin, seed, placement, on_block.
+        As in `sample_density`: kernel ("mclmc" if not given), warmup, draws, thin, seed,
+        placement, on_block.
 
     Returns
     -------
@@ -343,6 +364,7 @@ def sample(posterior: Posterior, positions: Any, x, y, **options) -> Run:
         Data that do not fit the model, or as `sample_density`.
     """
     x, y = posterior.arrays(x, y)
+    options.setdefault("kernel", "mclmc")
     samples = sample_density(posterior.log_density, positions, data=(x, y), **options)
     draws = draws_in_memory(samples.draws)
     status = chain_status(draws, samples.stats, options.get("thin", 1))

@@ -347,12 +347,16 @@ class Samples(NamedTuple):
     params: Any
     kernel: str
 
+    def __repr__(self) -> str:
+        chains, draws = self.stats["log_density"].shape
+        return f"<Samples: {chains} chains x {draws} draws by {self.kernel}>"
+
 
 def sample_density(
     log_density: Callable[..., jax.Array],
     positions: Any,
     *,
-    kernel: str | Kernel = "mclmc",
+    kernel: str | Kernel = "nuts",
     warmup: int = 1000,
     draws: int = 1000,
     thin: int = 1,
@@ -370,7 +374,8 @@ def sample_density(
     positions : pytree
         Start positions, chains stacked on the leading axis: leaves (chain, *leaf).
     kernel : str or Kernel
-        "mclmc", "nuts", "hmc", or a kernel made with its options (``samplers.nuts.nuts(...)``).
+        "nuts", "hmc", "mclmc", or a kernel made with its options (``bnnmcmc.nuts(...)``). MCLMC
+        with its default options is tuned for large networks; in few dimensions its bias shows.
     warmup, draws, thin : int
         Warm-up steps; kept draws per chain; steps per kept draw.
     seed : int
@@ -415,6 +420,13 @@ def sample_density(
     if placement.chains != chains:
         raise InputError(f"placement is for {placement.chains} chains, positions hold {chains}")
     of = trees.layout(trees.first(positions))
+    data = tuple(jnp.asarray(value) for value in data)
+    result = jax.eval_shape(log_density, trees.first(positions), *data)
+    if getattr(result, "shape", None) != ():
+        raise InputError(
+            f"log_density: returns {result} for one position, expected a scalar, such as the sum "
+            "of a density's terms"
+        )
     chosen = kernel_named(kernel)
     program = build_program(
         log_density, chosen, of, placement, warmup=warmup, draws=draws, thin=thin

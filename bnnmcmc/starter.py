@@ -58,7 +58,7 @@ GAUSSIAN = """\
 kind = "gaussian"
 scale = "predicted"            # noise that depends on the row; "sampled": one sigma"""
 CLASSES = """\
-kind = "categorical"           # {count} classes; "bernoulli" needs one output less for two"""
+kind = "categorical"           # {count} classes"""
 
 
 def write_starter(path: Path, data: Path | None, target: Sequence[str] | None) -> str:
@@ -105,7 +105,7 @@ def write_starter(path: Path, data: Path | None, target: Sequence[str] | None) -
         features = f"\n# features = [{', '.join(map(_quoted, others[:8]))}]  # use only these"
         if not others:
             raise InputError(f"{data}: has only the column {names[0]!r}; expected features too")
-        said = f"{rows} rows, {len(others)} features, {task} of {', '.join(names)}"
+        said = f"{rows} rows, {len(others)} further columns, {task} of {', '.join(names)}"
     likelihood = GAUSSIAN if task == "regression" else CLASSES.format(count=count)
     quoted = [_quoted(name) for name in names]
     text = TEMPLATE.format(

@@ -70,6 +70,7 @@ def print_summary(console: Console, folder: Path) -> None:
         console.print(f"[yellow]note[/]      {escape(note)}", highlight=False, soft_wrap=True)
     _print_scores(console, folder)
     _print_status(console, manifest["status"])
+    _print_verdict(console, folder)
     files = {
         "report": str(folder / "report.html"),
         "folder": str(folder),
@@ -95,18 +96,24 @@ def print_diagnostics(
     titles = {
         "chain": "chain",
         "status": "status",
-        "log_density": "log-density",
-        "log_density_drift": "drift (sd)",
-        "acceptance_rate": "acceptance",
+        "log_density": "log-\ndensity",
+        "log_density_drift": "drift\n(sd)",
+        "acceptance_rate": "accept-\nance",
         "energy_error": "EEVPD",
-        "divergences": "divergent",
-        "step_size": "step size",
-        "ess_log_density": "ESS density",
-        "ess_function_median": "ESS predictions",
-        "rhat_function_median": "R-hat predictions",
-        "rhat_weights_max": "worst R-hat weights",
+        "divergences": "diver-\ngent",
+        "step_size": "step\nsize",
+        "ess_log_density": "ESS\ndensity",
+        "ess_function_median": "ESS pre-\ndictions",
+        "rhat_function_median": "R-hat pre-\ndictions",
+        "rhat_weights_max": "R-hat\nweights",
     }
     used = [name for name in titles if any(row[name] is not None for row in rows)]
+    if console.is_terminal and console.width < 105:
+        # The rest is in diagnostics.csv; cut numbers would be of no use.
+        less = ("log_density_drift", "energy_error", "step_size", "ess_log_density")
+        used = [name for name in used if name not in less]
+    elif not console.is_terminal:
+        console.width = max(console.width, 120)
     table = Table(title="Chains", title_justify="left", title_style="bold", box=None)
     for name in used:
         table.add_column(titles[name], justify="left" if name == "status" else "right")
@@ -120,6 +127,15 @@ def print_diagnostics(
     for sentence in summary["verdict"]:
         console.print(f"• {escape(sentence)}", highlight=False)
     _print_status(console, rows)
+
+
+def _print_verdict(console: Console, folder: Path) -> None:
+    """Print what R-hat and ESS say: chains without a fault can still be far from agreeing."""
+    path = folder / "diagnostics.json"
+    if path.is_file():
+        for sentence in json.loads(path.read_text())["verdict"]:
+            if "have status ok" not in sentence:  # said just above
+                console.print(f"• {escape(sentence)}", highlight=False)
 
 
 def _readable(rows: list[dict[str, Any]], most: int = 30) -> list[dict[str, Any]]:

@@ -153,7 +153,7 @@ def test_whole_numbers_count_as_numbers():
             {"ensemble": {"schedule_options": {"decay_steps": 10}}},
             "ensemble.schedule_options: needs ensemble.schedule; remove it",
         ),
-        ({"run": {"mode": "vmap", "group": 4}}, 'run.group: has no meaning with mode = "vmap"'),
+        ({"run": {"mode": "vmap", "group": 4}}, 'run.group: has a meaning only with mode = "map"'),
         (
             {"data": {**DATA, "split": {"column": "part", "test": 0.3}}},
             "data.split.column: replaces the share, so remove test",
@@ -314,3 +314,12 @@ def test_a_file_that_cannot_be_read(tmp_path):
     (tmp_path / "binary.toml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(InputError, match=r"binary\.toml: not a TOML file"):
         read_tables(tmp_path / "binary.toml")
+
+
+def test_every_activation_of_the_mlp_can_be_named():
+    from typing import get_args
+
+    from bnnmcmc.config import Activation
+    from bnnmcmc.models.mlp import ACTIVATIONS
+
+    assert set(get_args(Activation)) == set(ACTIVATIONS)

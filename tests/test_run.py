@@ -104,6 +104,19 @@ def test_opened_run_gives_what_the_command_line_wrote(finished):
     assert list(frame.columns)[-2:] == ["y_lower_80", "y_upper_80"]
 
 
+def test_bare_arrays_and_wrong_widths(finished, run, rows):
+    opened = bnnmcmc.Run.open(finished / "run")
+    table = pd.read_csv(finished / "table.csv").head(4)
+    named = opened.predict(table)
+    # An array of the features in the table's order, text and all.
+    bare = opened.predict(table[["a", "b", "kind"]].to_numpy())
+    np.testing.assert_allclose(bare.mean, named.mean, rtol=1e-6)
+    with pytest.raises(bnnmcmc.InputError, match=r"expected \(rows, 2\) as sampled on"):
+        run.predict(rows[0][:, :1])
+    for value in (run, named, opened):
+        assert len(repr(value)) < 200
+
+
 def test_nonfinite_chain_is_left_out_and_says_so(run, rows):
     from dataclasses import replace
 

@@ -307,3 +307,8 @@ def test_errors(density, positions, options, message):
         positions = np.array(positions, np.float32)
     with pytest.raises(InputError, match=message):
         sample_density(density, positions, **{"kernel": "hmc", **options})
+
+
+def test_a_density_that_is_no_scalar_is_refused():
+    with pytest.raises(InputError, match=r"log_density: returns .*expected a scalar"):
+        sample_density(lambda p: -0.5 * p**2, jnp.zeros((2, 3)), warmup=10, draws=10)
