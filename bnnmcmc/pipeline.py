@@ -46,8 +46,8 @@ from bnnmcmc.sampling import (
 from bnnmcmc.stopping import Stop, interruptible, locked
 
 # Of a time budget, training gets this part of what is there for training and sampling, and a
-# warm-up that turns out longer than planned this part of what is left then (the second one after
-# planning anew).
+# warm-up that turns out longer than expected this part of what is left then (the second one for
+# one that was planned to fit).
 TRAINING_SHARE, WARMUP_SHARE, PLANNED_SHARE = 0.3, 0.7, 0.85
 # A plan for a time budget keeps at least so many warm-up steps and draws.
 MIN_PLANNED = 100
@@ -178,6 +178,7 @@ def start_run(
         "status": [],
         "seconds": {},
         "stopped": None,
+        "planned": False,
         "notes": [],
     }
     with store.disk_errors(folder):
@@ -378,47 +379,44 @@ def warm_up(job: Job) -> bool:
     data = _sampling_data(job)
     program, carry, done, records = _begin_warmup(job, data)
     thin, total = program.warmup.thin, program.warmup.records
-    stop_at = job.stop.share(WARMUP_SHARE)
+    planned = job.manifest["planned"]
+    stop_at = job.stop.share(PLANNED_SHARE if planned else WARMUP_SHARE)
     # MCLMC's tuning is of use only when it is complete: a warm-up that does not fit in the budget
     # is planned anew. Window adaptation can end at any time, and its first steps tell no speed.
-    may_plan = stop_at is not None and not program.kernel.exact and not done
-    calls, measured_steps, measured_seconds = 0, 0, 0.0
-    notes = list(job.manifest["notes"])
+    may_plan = stop_at is not None and not program.kernel.exact and not done and not planned
+    plan, measured_steps, measured_seconds = None, 0, 0.0
     with (
         _timed(job, "warmup"),
         progress.stage(
             job.console, "Warm-up", program.warmup.total, "steps", done * thin
         ) as update,
     ):
-        while done < total and not (calls and job.stop.at(stop_at)):
-            plan = None
-            for block in run_blocks(program, "warmup", carry, job.seed, data, first=done):
-                carry, done, calls = block.carry, block.start + block.count, calls + 1
-                records = _join_records(records, block.stats)
-                update(min(done * thin, program.warmup.total), _note(block.stats))
-                if may_plan and calls > 1:  # the first call compiles
-                    measured_steps += block.count * thin
-                    measured_seconds += block.seconds
-                    if measured_seconds >= CALIBRATION_SECONDS:
-                        may_plan = False
-                        plan = _plan(job, measured_seconds / measured_steps, done * thin)
-                        if plan is not None:
-                            break
-                tree = {"carry": gather(carry, job.placement), "records": records}
-                _commit(job, checkpoint=job.store.checkpoint("warmup", done, tree))
-                if job.stop.at(stop_at):
-                    break
-            if plan is not None:
-                # The tuning's schedule depends on its length: begin again with the new one.
-                notes.append(plan.pop("note"))
-                _commit(job, checkpoint=None, notes=notes, **plan)
-                program, carry, done, records = _begin_warmup(job, data)
-                thin, total, calls = program.warmup.thin, program.warmup.records, 0
-                # Planned to fit; should the machine slow down, some time is left for draws.
-                stop_at = job.stop.share(PLANNED_SHARE)
-                update(0, "planned anew for the time budget")
-        if job.stop.interrupted and done < total:
-            return False
+        begun = done
+        for block in run_blocks(program, "warmup", carry, job.seed, data, first=done):
+            carry, done = block.carry, block.start + block.count
+            records = _join_records(records, block.stats)
+            update(min(done * thin, program.warmup.total), _note(block.stats))
+            if may_plan and block.start > begun:  # the first call compiles
+                measured_steps += block.count * thin
+                measured_seconds += block.seconds
+                if measured_seconds >= CALIBRATION_SECONDS:
+                    may_plan = False
+                    plan = _plan(job, measured_seconds / measured_steps, done * thin)
+                    if plan is not None:
+                        update(done * thin, "planned anew for the time budget", finished=True)
+                        break
+            tree = {"carry": gather(carry, job.placement), "records": records}
+            _commit(job, checkpoint=job.store.checkpoint("warmup", done, tree))
+            if job.stop.at(stop_at):
+                break
+    if job.stop.interrupted and done < total:
+        return False
+    if plan is not None:
+        # The tuning's schedule depends on its length: begin again with the new one.
+        job.store.commit(checkpoint=None, planned=True, **plan)
+        job.store.drop_old_checkpoints()
+        return warm_up(job)
+    notes = list(job.manifest["notes"])
     if done < total:
         notes.append(
             f"warm-up was ended by the time budget after {done * thin} of "
@@ -588,7 +586,7 @@ def _create_arrays(job: Job, stats: dict[str, np.dtype]) -> None:
 
 
 def _plan(job: Job, step_seconds: float, steps_done: int) -> dict[str, Any] | None:
-    """Return fewer warm-up steps and draws if the planned ones do not fit, else None."""
+    """Return changes to the manifest, fewer steps and draws, if the planned ones do not fit."""
     warmup, draws, thin = (job.manifest[name] for name in ("warmup", "draws", "thin"))
     left = max(0.0, (job.stop.sampling_deadline or 0.0) - time.monotonic())
     if (warmup - steps_done + draws * thin) * step_seconds <= left:
@@ -603,7 +601,7 @@ def _plan(job: Job, step_seconds: float, steps_done: int) -> dict[str, Any] | No
         f"planned for the time budget: {fewer['warmup']} of {warmup} warm-up steps and "
         f"{fewer['draws']} of {draws} draws per chain"
     )
-    return {**fewer, "note": note}
+    return {**fewer, "notes": [*job.manifest["notes"], note]}
 
 
 def _note(stats: dict[str, np.ndarray]) -> str:
