@@ -16,6 +16,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from bnnmcmc.data import Dataset as Dataset
+    from bnnmcmc.data import Split as Split
+    from bnnmcmc.data import prepare as prepare
+    from bnnmcmc.data import read_table as read_table
+    from bnnmcmc.data import table_from_arrays as table_from_arrays
     from bnnmcmc.ensemble import Ensemble as Ensemble
     from bnnmcmc.ensemble import fit_ensemble as fit_ensemble
     from bnnmcmc.ensemble import make_optimiser as make_optimiser
@@ -44,6 +49,7 @@ if TYPE_CHECKING:
     from bnnmcmc.sampling import sample_density as sample_density
 
 _HOMES = {
+    "Dataset": "data.Dataset",
     "Ensemble": "ensemble.Ensemble",
     "InputError": "errors.InputError",
     "Kernel": "samplers.kernel.Kernel",
@@ -55,6 +61,7 @@ _HOMES = {
     "Prior": "priors.Prior",
     "Run": "run.Run",
     "Samples": "sampling.Samples",
+    "Split": "data.Split",
     "bernoulli": "likelihoods.bernoulli",
     "categorical": "likelihoods.categorical",
     "fit_ensemble": "ensemble.fit_ensemble",
@@ -67,8 +74,11 @@ _HOMES = {
     "normal_prior": "priors.normal",
     "nuts": "samplers.nuts.nuts",
     "place": "placement.place",
+    "prepare": "data.prepare",
+    "read_table": "data.read_table",
     "sample": "run.sample",
     "sample_density": "sampling.sample_density",
+    "table_from_arrays": "data.table_from_arrays",
     "use_all_cores": "placement.use_all_cores",
 }
 

@@ -310,6 +310,8 @@ class Run:
         if self.dataset is None:
             return np.arange(len(self.x))
         rows = np.concatenate([self.dataset.train, self.dataset.validation])
+        if len(self.x) not in (len(self.dataset.train), len(rows)):
+            return np.arange(len(self.x))
         return rows[: len(self.x)]  # train comes first (see `sampling_rows`)
 
     def _encode(self, rows: Any, y: Any = None) -> tuple[np.ndarray, np.ndarray | None]:
@@ -339,7 +341,9 @@ class Run:
         return encode_features(encoding, table), encode_targets(encoding, table)
 
 
-def sample(posterior: Posterior, positions: Any, x, y, **options) -> Run:
+def sample(
+    posterior: Posterior, positions: Any, x, y, *, dataset: Dataset | None = None, **options
+) -> Run:
     """Sample a neural network's posterior with one chain per start position.
 
     Parameters
@@ -349,6 +353,9 @@ def sample(posterior: Posterior, positions: Any, x, y, **options) -> Run:
         Start positions (chain, *leaf), for example ``fit_ensemble(...).positions``.
     x : array (rows, features)
     y : array (rows, targets), or (rows,) class indices
+    dataset : Dataset, optional
+        Where x and y come from: predictions then take rows in the table's own units and labels
+        and give target units, and ``score()`` has a test part.
     **options
         As in `sample_density`: kernel ("mclmc" if not given), warmup, draws, thin, seed,
         placement, on_block.
@@ -376,6 +383,7 @@ def sample(posterior: Posterior, positions: Any, x, y, **options) -> Run:
         y,
         tuple(status),
         options.get("seed", 0),
+        dataset,
         warmup_stats=samples.warmup_stats,
         members=positions,
     )

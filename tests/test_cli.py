@@ -110,7 +110,7 @@ def test_check_samples_nothing_and_says_the_cost(tiny, here):
 def test_init_writes_a_config_that_checks(tiny, here):
     code, out, err = here("init", "new.toml", "--data", "table.csv", "--target", "y", cwd=tiny)
     assert code == 0, err
-    assert "60 rows, 3 features, regression of y" in out
+    assert "60 rows, 3 further columns, regression of y" in out
     text = (tiny / "new.toml").read_text()
     assert text.count("#") > 10
     code, out, err = here("check", "new.toml", cwd=tiny)

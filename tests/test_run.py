@@ -104,6 +104,30 @@ def test_opened_run_gives_what_the_command_line_wrote(finished):
     assert list(frame.columns)[-2:] == ["y_lower_80", "y_upper_80"]
 
 
+def test_a_frame_in_memory_from_end_to_end():
+    rng = np.random.default_rng(2)
+    frame = pd.DataFrame({"size": rng.uniform(50, 150, 90), "city": ["Bonn", "Köln", "Ulm"] * 30})
+    price = pd.Series(3000 * frame["size"] + 9000 * (frame["city"] == "Ulm"), name="price")
+    data = bnnmcmc.prepare(bnnmcmc.table_from_arrays(frame, price), task="regression")
+    posterior = bnnmcmc.Posterior(
+        bnnmcmc.mlp(data.x.shape[1], [6], 2), bnnmcmc.gaussian(), bnnmcmc.normal_prior()
+    )
+    x, y = data.x[data.train], data.y[data.train]
+    ensemble = bnnmcmc.fit_ensemble(posterior, x, y, members=2, max_epochs=100)
+    run = bnnmcmc.sample(
+        posterior, ensemble.positions, x, y, dataset=data, warmup=300, draws=50, thin=2
+    )
+    prediction = run.predict(frame)
+    assert prediction.targets == ("price",)
+    assert np.corrcoef(prediction.mean[:, 0], price)[0, 1] > 0.95
+    assert run.score()["rmse"] < price.std()  # the test part, in target units
+    tree = run.to_arviz()
+    np.testing.assert_array_equal(tree["observed_data"]["row"], data.train)
+    np.testing.assert_allclose(
+        tree["observed_data"]["y"].values[:, 0], price[data.train], rtol=1e-5
+    )
+
+
 def test_bare_arrays_and_wrong_widths(finished, run, rows):
     opened = bnnmcmc.Run.open(finished / "run")
     table = pd.read_csv(finished / "table.csv").head(4)
