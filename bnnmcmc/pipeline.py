@@ -384,7 +384,7 @@ def warm_up(job: Job) -> bool:
     # MCLMC's tuning is of use only when it is complete: a warm-up that does not fit in the budget
     # is planned anew. Window adaptation can end at any time, and its first steps tell no speed.
     may_plan = stop_at is not None and not program.kernel.exact and not done and not planned
-    plan, measured_steps, measured_seconds = None, 0, 0.0
+    plan, compiling, measured_steps, measured_seconds = None, 0.0, 0, 0.0
     with (
         _timed(job, "warmup"),
         progress.stage(
@@ -396,12 +396,14 @@ def warm_up(job: Job) -> bool:
             carry, done = block.carry, block.start + block.count
             records = _join_records(records, block.stats)
             update(min(done * thin, program.warmup.total), _note(block.stats))
-            if may_plan and block.start > begun:  # the first call compiles
+            if block.start == begun:
+                compiling = block.seconds
+            elif may_plan:
                 measured_steps += block.count * thin
                 measured_seconds += block.seconds
                 if measured_seconds >= CALIBRATION_SECONDS:
                     may_plan = False
-                    plan = _plan(job, measured_seconds / measured_steps, done * thin)
+                    plan = _plan(job, measured_seconds / measured_steps, compiling, done * thin)
                     if plan is not None:
                         update(done * thin, "planned anew for the time budget", finished=True)
                         break
@@ -585,13 +587,16 @@ def _create_arrays(job: Job, stats: dict[str, np.dtype]) -> None:
     store.create_arrays(folder / "stats", dict.fromkeys(stats, ()), stats, chains, draws)
 
 
-def _plan(job: Job, step_seconds: float, steps_done: int) -> dict[str, Any] | None:
+def _plan(
+    job: Job, step_seconds: float, compiling: float, steps_done: int
+) -> dict[str, Any] | None:
     """Return changes to the manifest, fewer steps and draws, if the planned ones do not fit."""
     warmup, draws, thin = (job.manifest[name] for name in ("warmup", "draws", "thin"))
     left = max(0.0, (job.stop.sampling_deadline or 0.0) - time.monotonic())
     if (warmup - steps_done + draws * thin) * step_seconds <= left:
         return None
-    # 0.7: blocks are saved too, and the new programs compile.
+    # Two more programs compile; and 0.7, for blocks are saved too.
+    left = max(0.0, left - 2 * compiling)
     share = 0.7 * left / ((warmup + draws * thin) * step_seconds)
     fewer = {
         "warmup": min(warmup, max(MIN_PLANNED, int(warmup * share))),
