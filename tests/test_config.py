@@ -169,7 +169,7 @@ def test_an_option_that_would_do_nothing_is_refused(sections, line):
 
 
 def test_the_same_options_are_taken_where_they_do_something():
-    parse(
+    config = parse(
         {
             "data": {**DATA, "split": {"column": "part", "validation": 0.3}},
             "likelihood": {"scale": "sampled", "scale_prior": 2.0},
@@ -182,6 +182,7 @@ def test_the_same_options_are_taken_where_they_do_something():
         },
         "",
     )
+    assert (config.likelihood.scale_prior, config.prior.df, config.run.group) == (2.0, 5.0, 4)
 
 
 @pytest.mark.parametrize(
