@@ -50,7 +50,7 @@ def in_blocks(tree, sizes):
     return whole._replace(blocks=lambda: np.split(flat, borders, axis=1))
 
 
-def same(one, other):
+def assert_same(one, other):
     for name in ("log_density", "mean", "variance", "epistemic", "samples"):
         np.testing.assert_allclose(
             getattr(one, name), getattr(other, name), rtol=1e-5, atol=1e-5, err_msg=name
@@ -170,7 +170,7 @@ def test_samples_depend_on_the_seed_alone(tree, pooled):
 @pytest.mark.parametrize("batch", [16, 512])
 def test_blocks_and_batches_change_nothing(sizes, batch, tree, pooled, monkeypatch):
     monkeypatch.setattr(predictive, "BATCH", batch)
-    same(pool(HETERO, in_blocks(tree, sizes), X, Y, seed=5), pooled)
+    assert_same(pool(HETERO, in_blocks(tree, sizes), X, Y, seed=5), pooled)
 
 
 @pytest.mark.parametrize("rows", [1, 3, 7])
@@ -181,7 +181,7 @@ def test_row_chunks_change_nothing(rows, tree, pooled, monkeypatch):
     monkeypatch.setattr(
         predictive, "_pool_rows", lambda *a: calls.append(len(a[-1][0])) or original(*a)
     )
-    same(pool(HETERO, draws_in_memory(tree), X, Y, seed=5), pooled)
+    assert_same(pool(HETERO, draws_in_memory(tree), X, Y, seed=5), pooled)
     assert max(calls) == rows
     assert sum(calls) == ROWS
 

@@ -26,7 +26,7 @@ def tree(*lead):
     }
 
 
-def same(one, other):
+def assert_same(one, other):
     assert jax.tree.structure(one) == jax.tree.structure(other)
     jax.tree.map(np.testing.assert_array_equal, one, other)
 
@@ -59,8 +59,8 @@ def test_flatten_and_unflatten_are_inverse(lead):
     whole, of = tree(*lead), trees.layout(tree())
     flat = trees.flatten_stacked(whole, leading=len(lead))
     assert flat.shape == (*lead, of.size)
-    same(trees.unflatten(flat, of), whole)
-    same(trees.unflatten(np.asarray(flat), of), whole)  # on the host too
+    assert_same(trees.unflatten(flat, of), whole)
+    assert_same(trees.unflatten(np.asarray(flat), of), whole)  # on the host too
 
 
 def test_flat_order_is_that_of_names_and_of_unraveler():
@@ -68,16 +68,16 @@ def test_flat_order_is_that_of_names_and_of_unraveler():
     flat = trees.flatten_stacked(one, leading=0)
     for leaf, part in zip(jax.tree.leaves(one), trees.split_flat(flat, of), strict=True):
         np.testing.assert_array_equal(leaf, part)
-    same(trees.unraveler(one)(flat), one)
-    same(jax.jit(trees.unraveler(one))(flat), one)
+    assert_same(trees.unraveler(one)(flat), one)
+    assert_same(jax.jit(trees.unraveler(one))(flat), one)
 
 
 def test_stack_and_first():
     one = tree()
     other = jax.tree.map(lambda leaf: leaf + 1, one)
     stacked = trees.stack([other, one])
-    same(trees.first(stacked), other)
-    same(jax.tree.map(lambda leaf: leaf[1], stacked), one)
+    assert_same(trees.first(stacked), other)
+    assert_same(jax.tree.map(lambda leaf: leaf[1], stacked), one)
 
 
 def test_nonfinite_leaves_are_named():
