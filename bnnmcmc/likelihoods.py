@@ -100,8 +100,10 @@ def gaussian(
     if scale == "predicted":
 
         def predicted(params, outputs):
-            sd = jax.nn.softplus(outputs[:, targets:]) + MIN_SCALE
-            return dist.Normal(outputs[:, :targets], sd, validate_args=False).to_event(1)
+            # Cut across rows as the networks compute them: outputs.T is what they hold.
+            mean, raw = (part.T for part in jnp.split(outputs.T, 2))
+            sd = jax.nn.softplus(raw) + MIN_SCALE
+            return dist.Normal(mean, sd, validate_args=False).to_event(1)
 
         return Likelihood(predicted, 2 * targets, _no_params, _no_prior, "regression")
 
