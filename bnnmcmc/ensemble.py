@@ -162,8 +162,8 @@ class Training(NamedTuple):
     """The compiled functions of one training problem (see `build_training`)."""
 
     placement: Placement
-    start: Callable[..., Any]
-    advance: Callable[..., Any]
+    start: Any
+    advance: Any
     max_epochs: int
     traces: dict[str, int]
 

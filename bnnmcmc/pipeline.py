@@ -322,8 +322,8 @@ def train_ensemble(job: Job) -> bool:
     else:
         template = {
             "history": jax.ShapeDtypeStruct((0, config.members, 2), dtype),
-            "members": jax.eval_shape(
-                training.start, *_index_and_key(job.placement, job.seed, "ensemble-init")
+            "members": training.start.eval_shape(
+                *_index_and_key(job.placement, job.seed, "ensemble-init")
             ),
         }
         restored = job.store.restore(template)
@@ -448,7 +448,7 @@ def draw(job: Job) -> bool:
     manifest = job.manifest
     program = _program(job)
     index, key = _index_and_key(job.placement, job.seed, "sampler-init")
-    template = jax.eval_shape(lambda: _sampling_carry(program, index, key, data))
+    template = _sampling_carry(program, index, key, data)
     carry = spread(job.store.restore(template), job.placement)
     done, total, folder = manifest["checkpoint"]["position"], manifest["draws"], job.store.folder
     for path in (folder / "draws", folder / "stats"):
@@ -541,8 +541,8 @@ def _begin_warmup(job: Job, data) -> tuple[Program, Any, int, dict[str, np.ndarr
         carry = start_chains(program, trees.flatten_stacked(members), job.seed, data)
         return program, carry, 0, None
     index, key = _index_and_key(job.placement, job.seed, "sampler-init")
-    carry = jax.eval_shape(lambda: _warmup_carry(program, index, key, data))
-    stats = jax.eval_shape(program.warm, carry, key, np.int32(0), np.int32(0), data)[1][1]
+    carry = _warmup_carry(program, index, key, data)
+    stats = program.warm.eval_shape(carry, key, np.int32(0), np.int32(0), data)[1][1]
     chains = job.placement.chains
     records = {n: jax.ShapeDtypeStruct((0, chains), s.dtype) for n, s in stats.items()}
     restored = job.store.restore({"carry": carry, "records": records})
@@ -551,12 +551,16 @@ def _begin_warmup(job: Job, data) -> tuple[Program, Any, int, dict[str, np.ndarr
 
 
 def _warmup_carry(program: Program, index, key, data):
-    positions = jnp.zeros((index.shape[0], program.layout.size), jnp.result_type(float))
-    return index, *program.start((index, positions), key, data)
+    """Return the shapes of a warm-up's carry."""
+    size = (index.shape[0], program.layout.size)
+    positions = jax.ShapeDtypeStruct(size, jnp.result_type(float))
+    return index, *program.start.eval_shape((index, positions), key, data)
 
 
 def _sampling_carry(program: Program, index, key, data):
-    return finish_warmup(program, _warmup_carry(program, index, key, data))
+    """Return the shapes of the carry for sampling."""
+    _, state, adaptation = _warmup_carry(program, index, key, data)
+    return index, state, program.finish.eval_shape(adaptation)
 
 
 def _join_records(records, stats: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -571,7 +575,7 @@ def _draw_shapes(program: Program, carry, data) -> dict[str, np.dtype]:
     """Return the statistics a kernel records, with their types."""
     padded = jax.eval_shape(lambda tree: spread(tree, program.placement), carry)
     key = stage_key(0, "sampling")
-    stats = jax.eval_shape(program.draw, padded, key, np.int32(0), np.int32(0), data)[1][1]
+    stats = program.draw.eval_shape(padded, key, np.int32(0), np.int32(0), data)[1][1]
     return {name: np.dtype(shape.dtype) for name, shape in stats.items()}
 
 

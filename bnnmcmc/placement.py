@@ -131,7 +131,7 @@ def place(
 
 def over_chains(
     function: Callable[..., Any], placement: Placement, donate: bool = False
-) -> Callable[..., Any]:
+) -> Any:
     """Compile ``function(chain_values, *shared)`` so that it runs for all chains.
 
     Parameters

@@ -74,10 +74,10 @@ class Program(NamedTuple):
     warmup: Schedule
     sampling: Schedule
     capacity: int
-    start: Callable[..., Any]
-    warm: Callable[..., Any]
-    finish: Callable[..., Any]
-    draw: Callable[..., Any]
+    start: Any
+    warm: Any
+    finish: Any
+    draw: Any
     traces: dict[str, int]
 
 

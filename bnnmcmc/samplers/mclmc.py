@@ -6,7 +6,6 @@ import blackjax
 import jax
 import jax.numpy as jnp
 from blackjax.mcmc import integrators
-from blackjax.util import generate_unit_vector
 
 from bnnmcmc.errors import InputError
 from bnnmcmc.samplers.kernel import Kernel, Warmup
@@ -126,7 +125,6 @@ def mclmc(
         if not value > 0:
             raise InputError(f"sampler.{name}: found {value}, expected more than 0")
     rule, gradients = INTEGRATORS[integrator]
-    transition = blackjax.mclmc.build_kernel(integrator=rule)
 
     def init(key, position, log_density):
         if position.shape[0] < 2:
@@ -134,22 +132,28 @@ def mclmc(
         return blackjax.mclmc.init(position, log_density, key)
 
     def step(key, state, params, log_density):
+        # The parts of blackjax's kernel, without the four vectors of random numbers that it draws
+        # besides: they would cost half a gradient of a small network.
         dimension = state.position.shape[0]
-        key_move, key_back = jax.random.split(key)
-        moved, info = transition(
-            key_move, state, log_density, 1.0, params.decoherence_length, params.step_size
+        moved, kinetic_change = rule(log_density, 1.0)(state, params.step_size)
+        energy_change = kinetic_change - moved.logdensity + state.logdensity
+        # A larger error leaves the posterior for good: from there only tiny steps are stable.
+        # Comparisons with NaN are false, so a step out of the finite numbers is not kept either.
+        limit = max(MAX_ENERGY_ERROR, 30.0 * dimension**0.5)
+        gradient = moved.logdensity_grad
+        kept = (jnp.abs(energy_change) <= limit) & jnp.isfinite(gradient @ gradient)
+        noise = jax.lax.optimization_barrier(
+            jax.random.normal(key, state.position.shape, state.position.dtype)
         )
-        # One such step leaves the posterior for good: from there only tiny steps are stable.
-        far = jnp.abs(info.energy_change) > max(MAX_ENERGY_ERROR, 30.0 * dimension**0.5)
-        state = jax.lax.cond(
-            far,
-            lambda: state._replace(momentum=generate_unit_vector(key_back, state.position)),
-            lambda: moved,
-        )
+        spread = jnp.sqrt(jnp.expm1(2 * params.step_size / params.decoherence_length) / dimension)
+        # After a step that was taken back: a new direction, the noise alone.
+        direction = jnp.where(kept, moved.momentum + spread * noise, noise)
+        state = jax.tree.map(lambda new, old: jnp.where(kept, new, old), moved, state)
+        state = state._replace(momentum=direction * jax.lax.rsqrt(direction @ direction))
         return state, MCLMCInfo(
             state.logdensity,
-            jnp.where(far, 0.0, jnp.square(info.energy_change) / dimension),
-            far | ~jnp.asarray(info.nonans),
+            jnp.where(kept, jnp.square(energy_change) / dimension, 0.0),
+            ~kept,
             jnp.asarray(gradients, jnp.int32),
             params.step_size,
             params.decoherence_length,
