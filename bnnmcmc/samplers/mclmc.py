@@ -69,6 +69,13 @@ def mclmc(
 ) -> Kernel:
     r"""Build unadjusted MCLMC, tuned per chain as in MILE.
 
+    A step moves position and direction :math:`u` along the isokinetic dynamics for :math:`\epsilon`
+    (blackjax's integrators) and then turns the direction a little, with
+    :math:`z \sim N(0, I_d)`:
+
+    .. math:: u \leftarrow \frac{u + \nu z}{\lVert u + \nu z \rVert}, \quad
+              \nu = \sqrt{(e^{2 \epsilon / L} - 1) / d}.
+
     The warm-up has three phases. In the first eight tenths the step size follows the energy
     error :math:`\Delta E`: with :math:`\xi = \Delta E^2 / (d v)`, weights
     :math:`w = \exp(-\tfrac12 (\ln \xi / 9)^2)` and memory :math:`\lambda = 99/101`,
@@ -145,7 +152,9 @@ def mclmc(
         noise = jax.lax.optimization_barrier(
             jax.random.normal(key, state.position.shape, state.position.dtype)
         )
-        spread = jnp.sqrt(jnp.expm1(2 * params.step_size / params.decoherence_length) / dimension)
+        # The bound keeps a step that is far too long in the finite numbers; noise prevails anyway.
+        turned = jnp.minimum(2 * params.step_size / params.decoherence_length, 40.0)
+        spread = jnp.sqrt(jnp.expm1(turned) / dimension)
         # After a step that was taken back: a new direction, the noise alone.
         direction = jnp.where(kept, moved.momentum + spread * noise, noise)
         state = jax.tree.map(lambda new, old: jnp.where(kept, new, old), moved, state)
