@@ -129,9 +129,7 @@ def place(
     return Placement(chains, used, chosen, group)
 
 
-def over_chains(
-    function: Callable[..., Any], placement: Placement, donate: bool = False
-) -> Any:
+def over_chains(function: Callable[..., Any], placement: Placement, donate: bool = False) -> Any:
     """Compile ``function(chain_values, *shared)`` so that it runs for all chains.
 
     Parameters

@@ -84,9 +84,7 @@ def _dense_jvp(primals, tangents):
     weight, bias, h = primals
     weight_dot, bias_dot, h_dot = tangents
     if weight.shape[1] <= FEW_OUTPUTS:
-        by_h = jnp.stack(
-            [(weight[:, k, None] * h_dot).sum(axis=0) for k in range(weight.shape[1])]
-        )
+        by_h = jnp.stack([(weight[:, k, None] * h_dot).sum(axis=0) for k in range(weight.shape[1])])
     else:
         by_h = weight.T @ h_dot
     return dense(weight, bias, h), weight_dot.T @ h + bias_dot[:, None] + by_h
