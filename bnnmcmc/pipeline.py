@@ -4,11 +4,13 @@ Each stage works in blocks and commits each block to the run folder, so that a r
 between any two of them (Ctrl-C, a time budget, a lost machine) and go on later.
 """
 
+import importlib
 import importlib.metadata
 import shutil
+import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
-from bnnmcmc import build, preflight, progress, store, trees
+from bnnmcmc import build, diagnostics, preflight, progress, store, trees
 from bnnmcmc.ahead import FUNCTIONS, Ahead
 from bnnmcmc.config import Config, to_toml
 from bnnmcmc.data import Dataset, fingerprint, save_dataset
@@ -459,6 +461,7 @@ def draw(job: Job) -> bool:
     data = _sampling_data(job)
     manifest = job.manifest
     sampler = _sampler(job, data)
+    threading.Thread(target=_load_for_results, args=(job,), name="load-ahead").start()
     carry = spread(job.store.restore(sampler.shapes.sampling), job.placement)
     done, total, folder = manifest["checkpoint"]["position"], manifest["draws"], job.store.folder
     for path in (folder / "draws", folder / "stats"):
@@ -522,6 +525,16 @@ def _commit(job: Job, **changes: Any) -> None:
 def _index_and_key(placement: Placement, seed: int, stage: str) -> tuple[jax.Array, jax.Array]:
     index = spread(jnp.arange(placement.chains, dtype=jnp.int32), placement)
     return index, stage_key(seed, stage)
+
+
+def _load_for_results(job: Job) -> None:
+    """Import what scores and report need: three seconds, while chains are drawn."""
+    for load in (diagnostics.load, lambda: importlib.import_module("bnnmcmc.report.page")):
+        if job.stop.interrupted:
+            return
+        # Should it fail, then it fails again where it is needed, and is reported there.
+        with suppress(Exception):
+            load()
 
 
 def _sampling_data(job: Job) -> tuple[jax.Array, jax.Array]:
