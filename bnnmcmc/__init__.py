@@ -16,6 +16,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from bnnmcmc.compilation import use_compilation_cache as use_compilation_cache
     from bnnmcmc.data import Dataset as Dataset
     from bnnmcmc.data import Split as Split
     from bnnmcmc.data import prepare as prepare
@@ -80,6 +81,7 @@ _HOMES = {
     "sample_density": "sampling.sample_density",
     "table_from_arrays": "data.table_from_arrays",
     "use_all_cores": "placement.use_all_cores",
+    "use_compilation_cache": "compilation.use_compilation_cache",
 }
 
 __all__ = list(_HOMES)

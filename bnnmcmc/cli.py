@@ -5,6 +5,7 @@ import re
 import shlex
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Annotated
 
@@ -339,7 +340,16 @@ def _configure_jax(config) -> None:
 
     use_all_cores(config.run.devices or None)
     use_precision(config.run.precision)
+    _use_cache()
     importlib.import_module("bnnmcmc.run")
+
+
+def _use_cache() -> None:
+    from bnnmcmc.compilation import use_compilation_cache
+
+    # A program that cannot be read or written, say on a full disk, is compiled: no reason to worry.
+    warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache")
+    use_compilation_cache()
 
 
 def _new_folder(base: Path) -> Path:

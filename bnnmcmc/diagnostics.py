@@ -168,6 +168,12 @@ def _attribute(value: Any) -> str | int | float:
     return json.dumps(value, default=str)
 
 
+def load() -> None:
+    """Import ArviZ, which takes seconds, before it is first used."""
+    import arviz_base  # noqa: F401
+    import arviz_stats.base  # noqa: F401
+
+
 def _arviz_stats(stats: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     named = {ARVIZ_NAMES.get(name, name): np.asarray(values) for name, values in stats.items()}
     if "diverging" in named:

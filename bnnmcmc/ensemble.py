@@ -18,9 +18,10 @@ from bnnmcmc.errors import InputError
 from bnnmcmc.keys import stage_key
 from bnnmcmc.placement import Placement, gather, over_chains, place, replicate, spread
 
-# A block of epochs takes about this long, for the progress bar and Ctrl-C.
+# A block of epochs takes about this long, for the progress bar and Ctrl-C; saving it takes about
+# 20 ms, so short blocks would cost time.
 TARGET_SECONDS = 1.0
-MAX_BLOCK_EPOCHS = 100
+MAX_BLOCK_EPOCHS = 1000
 
 
 class Member(NamedTuple):

@@ -4,11 +4,13 @@ Each stage works in blocks and commits each block to the run folder, so that a r
 between any two of them (Ctrl-C, a time budget, a lost machine) and go on later.
 """
 
+import importlib
 import importlib.metadata
 import shutil
+import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,7 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
-from bnnmcmc import build, preflight, progress, store, trees
+from bnnmcmc import build, diagnostics, preflight, progress, store, trees
+from bnnmcmc.ahead import FUNCTIONS, Ahead
 from bnnmcmc.config import Config, to_toml
 from bnnmcmc.data import Dataset, fingerprint, save_dataset
 from bnnmcmc.ensemble import build_training, finish_ensemble, run_epochs, start_members
@@ -37,7 +40,6 @@ from bnnmcmc.run import (
     read_members,
 )
 from bnnmcmc.sampling import (
-    Program,
     build_program,
     finish_warmup,
     run_blocks,
@@ -82,6 +84,8 @@ class Job:
     console: Console
     stop: Stop
     clock: Clock
+    # The samplers of this run by their numbers of steps: a second one if a budget asks for fewer.
+    samplers: dict[tuple[int, ...], Ahead] = field(default_factory=dict)
 
     @property
     def manifest(self) -> dict[str, Any]:
@@ -256,6 +260,14 @@ def resume_run(
 
 
 def _advance(job: Job) -> bool:
+    try:
+        return _advance_stages(job)
+    finally:
+        for sampler in job.samplers.values():
+            sampler.cancel()
+
+
+def _advance_stages(job: Job) -> bool:
     for stage, work in (
         ("ensemble", train_ensemble),
         ("warmup", warm_up),
@@ -315,6 +327,7 @@ def train_ensemble(job: Job) -> bool:
         patience=config.patience,
     )
     data = replicate((*rows[0], *rows[1]), job.placement)
+    _sampler(job, _sampling_data(job))  # compiles while members train
     entry = job.manifest["checkpoint"]
     if entry is None:
         members, done = start_members(training, job.seed), 0
@@ -377,14 +390,16 @@ def train_ensemble(job: Job) -> bool:
 def warm_up(job: Job) -> bool:
     """Adapt every chain's kernel; return False if interrupted."""
     data = _sampling_data(job)
-    program, carry, done, records = _begin_warmup(job, data)
+    sampler = _sampler(job, data)
+    program = sampler.program
+    carry, done, records = _begin_warmup(job, sampler, data)
     thin, total = program.warmup.thin, program.warmup.records
     planned = job.manifest["planned"]
     stop_at = job.stop.share(PLANNED_SHARE if planned else WARMUP_SHARE)
     # MCLMC's tuning is of use only when it is complete: a warm-up that does not fit in the budget
     # is planned anew. Window adaptation can end at any time, and its first steps tell no speed.
     may_plan = stop_at is not None and not program.kernel.exact and not done and not planned
-    plan, compiling, measured_steps, measured_seconds = None, 0.0, 0, 0.0
+    plan, measured_steps, measured_seconds = None, 0, 0.0
     with (
         _timed(job, "warmup"),
         progress.stage(
@@ -396,14 +411,13 @@ def warm_up(job: Job) -> bool:
             carry, done = block.carry, block.start + block.count
             records = _join_records(records, block.stats)
             update(min(done * thin, program.warmup.total), _note(block.stats))
-            if block.start == begun:
-                compiling = block.seconds
-            elif may_plan:
+            # The first block may have waited for its compilation.
+            if may_plan and block.start != begun:
                 measured_steps += block.count * thin
                 measured_seconds += block.seconds
                 if measured_seconds >= CALIBRATION_SECONDS:
                     may_plan = False
-                    plan = _plan(job, measured_seconds / measured_steps, compiling, done * thin)
+                    plan = _plan(job, measured_seconds / measured_steps, sampler, done * thin)
                     if plan is not None:
                         update(done * thin, "planned anew for the time budget", finished=True)
                         break
@@ -429,7 +443,7 @@ def warm_up(job: Job) -> bool:
         job.store.folder / "warmup.npz",
         {n: np.swapaxes(v, 0, 1) for n, v in (records or {}).items()},
     )
-    shapes = _draw_shapes(program, carry, data)
+    shapes = {n: np.dtype(shape.dtype) for n, shape in sampler.shapes.sampling_stats.items()}
     _create_arrays(job, shapes)
     job.store.commit(
         stage="sampling",
@@ -446,10 +460,9 @@ def draw(job: Job) -> bool:
     """Draw until the planned number is there; return False if interrupted."""
     data = _sampling_data(job)
     manifest = job.manifest
-    program = _program(job)
-    index, key = _index_and_key(job.placement, job.seed, "sampler-init")
-    template = _sampling_carry(program, index, key, data)
-    carry = spread(job.store.restore(template), job.placement)
+    sampler = _sampler(job, data)
+    threading.Thread(target=_load_for_results, args=(job,), name="load-ahead").start()
+    carry = spread(job.store.restore(sampler.shapes.sampling), job.placement)
     done, total, folder = manifest["checkpoint"]["position"], manifest["draws"], job.store.folder
     for path in (folder / "draws", folder / "stats"):
         store.resize_arrays(path, total)
@@ -461,7 +474,7 @@ def draw(job: Job) -> bool:
         limit = job.config.run.block_draws or None
         if done < total and not job.stop.at(job.stop.sampling_deadline if done else None):
             for block in run_blocks(
-                program, "sampling", carry, job.seed, data, first=done, max_count=limit
+                sampler.program, "sampling", carry, job.seed, data, first=done, max_count=limit
             ):
                 done = block.start + block.count
                 assert block.draws is not None
@@ -514,53 +527,53 @@ def _index_and_key(placement: Placement, seed: int, stage: str) -> tuple[jax.Arr
     return index, stage_key(seed, stage)
 
 
+def _load_for_results(job: Job) -> None:
+    """Import what scores and report need: three seconds, while chains are drawn."""
+    for load in (diagnostics.load, lambda: importlib.import_module("bnnmcmc.report.page")):
+        if job.stop.interrupted:
+            return
+        # Should it fail, then it fails again where it is needed, and is reported there.
+        with suppress(Exception):
+            load()
+
+
 def _sampling_data(job: Job) -> tuple[jax.Array, jax.Array]:
     rows = build.sampling_rows(job.config, job.dataset)
     return replicate(job.posterior.arrays(*rows), job.placement)
 
 
-def _program(job: Job) -> Program:
-    return build_program(
-        job.posterior.log_density,
-        build.make_kernel(job.config),
-        job.layout,
-        job.placement,
-        warmup=job.manifest["warmup"],
-        draws=job.manifest["draws"],
-        thin=job.manifest["thin"],
-    )
+def _sampler(job: Job, data) -> Ahead:
+    """Return the sampler for the steps planned by now; its compilation begins at the first call."""
+    steps = tuple(job.manifest[name] for name in ("warmup", "draws", "thin"))
+    if steps not in job.samplers:
+        program = build_program(
+            job.posterior.log_density,
+            build.make_kernel(job.config),
+            job.layout,
+            job.placement,
+            warmup=steps[0],
+            draws=steps[1],
+            thin=steps[2],
+        )
+        needed = ("draw",) if job.manifest["stage"] == "sampling" else FUNCTIONS
+        job.samplers[steps] = Ahead(program, data, needed)
+    return job.samplers[steps]
 
 
-def _begin_warmup(job: Job, data) -> tuple[Program, Any, int, dict[str, np.ndarray] | None]:
-    """Return the program and where the warm-up stands: carry, records done, their statistics."""
-    program = _program(job)
+def _begin_warmup(job: Job, sampler: Ahead, data) -> tuple[Any, int, dict[str, np.ndarray] | None]:
+    """Return where the warm-up stands: carry, records done, their statistics."""
     entry = job.manifest["checkpoint"]
     if entry is None:
         members, _ = read_members(job.store.folder, job.manifest, job.layout)
         check_finite(job.posterior, members, *data)
-        carry = start_chains(program, trees.flatten_stacked(members), job.seed, data)
-        return program, carry, 0, None
-    index, key = _index_and_key(job.placement, job.seed, "sampler-init")
-    carry = _warmup_carry(program, index, key, data)
-    stats = program.warm.eval_shape(carry, key, np.int32(0), np.int32(0), data)[1][1]
-    chains = job.placement.chains
-    records = {n: jax.ShapeDtypeStruct((0, chains), s.dtype) for n, s in stats.items()}
-    restored = job.store.restore({"carry": carry, "records": records})
-    carry = spread(restored["carry"], job.placement)
-    return program, carry, entry["position"], restored["records"]
-
-
-def _warmup_carry(program: Program, index, key, data):
-    """Return the shapes of a warm-up's carry."""
-    size = (index.shape[0], program.layout.size)
-    positions = jax.ShapeDtypeStruct(size, jnp.result_type(float))
-    return index, *program.start.eval_shape((index, positions), key, data)
-
-
-def _sampling_carry(program: Program, index, key, data):
-    """Return the shapes of the carry for sampling."""
-    _, state, adaptation = _warmup_carry(program, index, key, data)
-    return index, state, program.finish.eval_shape(adaptation)
+        carry = start_chains(sampler.program, trees.flatten_stacked(members), job.seed, data)
+        return carry, 0, None
+    shapes, chains = sampler.shapes, job.placement.chains
+    records = {
+        n: jax.ShapeDtypeStruct((0, chains), s.dtype) for n, s in shapes.warmup_stats.items()
+    }
+    restored = job.store.restore({"carry": shapes.warmup, "records": records})
+    return spread(restored["carry"], job.placement), entry["position"], restored["records"]
 
 
 def _join_records(records, stats: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -569,14 +582,6 @@ def _join_records(records, stats: dict[str, np.ndarray]) -> dict[str, np.ndarray
     if records is None:
         return new
     return {name: np.concatenate([records[name], new[name]]) for name in new}
-
-
-def _draw_shapes(program: Program, carry, data) -> dict[str, np.dtype]:
-    """Return the statistics a kernel records, with their types."""
-    padded = jax.eval_shape(lambda tree: spread(tree, program.placement), carry)
-    key = stage_key(0, "sampling")
-    stats = program.draw.eval_shape(padded, key, np.int32(0), np.int32(0), data)[1][1]
-    return {name: np.dtype(shape.dtype) for name, shape in stats.items()}
 
 
 def _create_arrays(job: Job, stats: dict[str, np.dtype]) -> None:
@@ -588,16 +593,14 @@ def _create_arrays(job: Job, stats: dict[str, np.dtype]) -> None:
     store.create_arrays(folder / "stats", dict.fromkeys(stats, ()), stats, chains, draws)
 
 
-def _plan(
-    job: Job, step_seconds: float, compiling: float, steps_done: int
-) -> dict[str, Any] | None:
+def _plan(job: Job, step_seconds: float, sampler: Ahead, steps_done: int) -> dict[str, Any] | None:
     """Return changes to the manifest, fewer steps and draws, if the planned ones do not fit."""
     warmup, draws, thin = (job.manifest[name] for name in ("warmup", "draws", "thin"))
     left = max(0.0, (job.stop.sampling_deadline or 0.0) - time.monotonic())
     if (warmup - steps_done + draws * thin) * step_seconds <= left:
         return None
-    # Two more programs compile; and 0.7, for blocks are saved too.
-    left = max(0.0, left - 2 * compiling)
+    # Programs for other numbers of steps compile; and 0.7, for blocks are saved too.
+    left = max(0.0, left - sampler.cold_seconds())
     share = 0.7 * left / ((warmup + draws * thin) * step_seconds)
     fewer = {
         "warmup": min(warmup, max(MIN_PLANNED, int(warmup * share))),

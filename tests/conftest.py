@@ -13,15 +13,21 @@ import numpy as np
 import pytest
 
 from bnnmcmc.cli import main
+from bnnmcmc.compilation import use_compilation_cache
 from bnnmcmc.placement import use_all_cores
 
 use_all_cores(2)
 
-# The same few programs again and again: compile them once for all tests and their processes.
-CACHE = Path(tempfile.mkdtemp(prefix="bnnmcmc-tests-"))
-atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
-jax.config.update("jax_compilation_cache_dir", str(CACHE))
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+# The same few programs again and again: compile them once for all tests and their processes, and
+# not in the user's own cache.
+CACHES = Path(tempfile.mkdtemp(prefix="bnnmcmc-tests-"))
+atexit.register(shutil.rmtree, CACHES, ignore_errors=True)
+os.environ["XDG_CACHE_HOME"] = str(CACHES)
+for name in ("JAX_COMPILATION_CACHE_DIR", "JAX_ENABLE_COMPILATION_CACHE"):
+    os.environ.pop(name, None)
+jax.config.update("jax_enable_compilation_cache", True)
+jax.config.update("jax_compilation_cache_dir", None)
+use_compilation_cache()
 
 TINY = """
 [data]
@@ -55,8 +61,6 @@ def start_cli(*arguments, cwd, **options):
         **os.environ,
         "COLUMNS": "200",
         "BNNMCMC_DATA": "",
-        "JAX_COMPILATION_CACHE_DIR": str(CACHE),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
     return subprocess.Popen(
         [sys.executable, "-W", "error::UserWarning", "-m", "bnnmcmc", *map(str, arguments)],

@@ -20,6 +20,8 @@ MAY_IMPORT = {
     "metrics": set(),
     "health": {"metrics"},
     "config": set(),
+    "compilation": set(),
+    "ahead": {"sampling", "placement", "keys"},
     "progress": set(),
     "data": {"keys"},
     "models": {"models", "keys", "trees"},

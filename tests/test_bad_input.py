@@ -336,7 +336,7 @@ def test_disk_full_keeps_what_is_committed(tiny, here):
     # A limit on the size of files stands for a full disk: writing fails in the same way.
     settings = ["sampler.draws=1000", "run.block_draws=50", "sampler.thin=1"]
     command = [sys.executable, "-m", "bnnmcmc", "run", "tiny.toml", "--out", "run", "--set"]
-    # The compilation cache must not meet the limit: this process compiles for itself.
+    # The compilation cache meets the limit first, and is then not used.
     done = subprocess.run(
         ["bash", "-c", 'ulimit -f 40; exec "$0" "$@"', *command, *settings],
         cwd=tiny,
