@@ -38,8 +38,10 @@ from bnnmcmc.run import (
 )
 from bnnmcmc.sampling import (
     Program,
+    at_rest,
     build_program,
     finish_warmup,
+    record_shapes,
     run_blocks,
     start_chains,
 )
@@ -407,7 +409,7 @@ def warm_up(job: Job) -> bool:
                     if plan is not None:
                         update(done * thin, "planned anew for the time budget", finished=True)
                         break
-            tree = {"carry": gather(carry, job.placement), "records": records}
+            tree = {"carry": gather(at_rest(carry), job.placement), "records": records}
             _commit(job, checkpoint=job.store.checkpoint("warmup", done, tree))
             if job.stop.at(stop_at):
                 break
@@ -474,7 +476,7 @@ def draw(job: Job) -> bool:
                     "draws": store.append(folder / "draws", block.start, leaves),
                     "stats": store.append(folder / "stats", block.start, block.stats),
                 }
-                tree = gather(block.carry, job.placement)
+                tree = gather(at_rest(block.carry), job.placement)
                 _commit(
                     job,
                     blocks=[*job.manifest["blocks"], record],
@@ -542,7 +544,7 @@ def _begin_warmup(job: Job, data) -> tuple[Program, Any, int, dict[str, np.ndarr
         return program, carry, 0, None
     index, key = _index_and_key(job.placement, job.seed, "sampler-init")
     carry = jax.eval_shape(lambda: _warmup_carry(program, index, key, data))
-    stats = jax.eval_shape(program.warm, carry, key, np.int32(0), np.int32(0), data)[1][1]
+    stats = record_shapes(program, "warmup", carry, data)
     chains = job.placement.chains
     records = {n: jax.ShapeDtypeStruct((0, chains), s.dtype) for n, s in stats.items()}
     restored = job.store.restore({"carry": carry, "records": records})
@@ -552,7 +554,7 @@ def _begin_warmup(job: Job, data) -> tuple[Program, Any, int, dict[str, np.ndarr
 
 def _warmup_carry(program: Program, index, key, data):
     positions = jnp.zeros((index.shape[0], program.layout.size), jnp.result_type(float))
-    return index, *program.start((index, positions), key, data)
+    return program.start((index, positions), key, data)
 
 
 def _sampling_carry(program: Program, index, key, data):
@@ -570,8 +572,7 @@ def _join_records(records, stats: dict[str, np.ndarray]) -> dict[str, np.ndarray
 def _draw_shapes(program: Program, carry, data) -> dict[str, np.dtype]:
     """Return the statistics a kernel records, with their types."""
     padded = jax.eval_shape(lambda tree: spread(tree, program.placement), carry)
-    key = stage_key(0, "sampling")
-    stats = jax.eval_shape(program.draw, padded, key, np.int32(0), np.int32(0), data)[1][1]
+    stats = record_shapes(program, "sampling", padded, data)
     return {name: np.dtype(shape.dtype) for name, shape in stats.items()}
 
 
