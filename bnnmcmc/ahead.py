@@ -13,7 +13,7 @@ import numpy as np
 
 from bnnmcmc.keys import stage_key
 from bnnmcmc.placement import spread
-from bnnmcmc.sampling import Program, finish_warmup, start_chains
+from bnnmcmc.sampling import Program, departed, finish_warmup, start_chains
 
 # In the order of their use.
 FUNCTIONS = ("start", "warm", "finish", "draw")
@@ -65,13 +65,13 @@ def trace(program: Program, data: tuple) -> tuple[Shapes, dict[str, Any]]:
 
         return call
 
-    dry_functions: dict[str, Any] = {name: dry(name) for name in FUNCTIONS}
+    dry_functions: dict[str, Any] = {name: dry(name) for name in (*FUNCTIONS, "depart")}
     shadow = program._replace(**dry_functions)
     none = np.int32(0)
     warmup = start_chains(shadow, positions, 0, data)
-    warmed = shadow.warm(warmup, stage_key(0, "warmup"), none, none, data)
+    warmed = shadow.warm(departed(shadow, warmup), stage_key(0, "warmup"), none, none, data)
     sampling = finish_warmup(shadow, warmup)
-    drawn = shadow.draw(sampling, stage_key(0, "sampling"), none, none, data)
+    drawn = shadow.draw(departed(shadow, sampling), stage_key(0, "sampling"), none, none, data)
     return Shapes(warmup, warmed[1][1], sampling, drawn[1][1]), found
 
 

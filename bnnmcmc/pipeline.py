@@ -40,6 +40,7 @@ from bnnmcmc.run import (
     read_members,
 )
 from bnnmcmc.sampling import (
+    at_rest,
     build_program,
     finish_warmup,
     run_blocks,
@@ -421,7 +422,7 @@ def warm_up(job: Job) -> bool:
                     if plan is not None:
                         update(done * thin, "planned anew for the time budget", finished=True)
                         break
-            tree = {"carry": gather(carry, job.placement), "records": records}
+            tree = {"carry": gather(at_rest(carry), job.placement), "records": records}
             _commit(job, checkpoint=job.store.checkpoint("warmup", done, tree))
             if job.stop.at(stop_at):
                 break
@@ -487,7 +488,7 @@ def draw(job: Job) -> bool:
                     "draws": store.append(folder / "draws", block.start, leaves),
                     "stats": store.append(folder / "stats", block.start, block.stats),
                 }
-                tree = gather(block.carry, job.placement)
+                tree = gather(at_rest(block.carry), job.placement)
                 _commit(
                     job,
                     blocks=[*job.manifest["blocks"], record],

@@ -14,6 +14,8 @@ from jax.sharding import PartitionSpec as P
 from bnnmcmc.errors import InputError
 
 AXIS = "chain"
+# Name of the axis of chains that advance together, inside of `over_chains`.
+TOGETHER = "together"
 
 # Half of XLA's CPU code is activations and random numbers, which whole AVX-512 registers halve
 # where there are any; elsewhere the option has no effect.
@@ -34,7 +36,7 @@ class Placement:
     mode : "map" or "vmap"
         On each device, run groups of chains one after the other, or all chains side by side.
     group : int
-        In mode "map", how many chains advance together.
+        In mode "map", how many chains advance together; the last group is filled up too.
     """
 
     chains: int
@@ -46,7 +48,18 @@ class Placement:
     def padded(self) -> int:
         """Length of the chain axis on the devices."""
         per_device = -(-self.chains // len(self.devices))
-        return per_device * len(self.devices)
+        return -(-per_device // self.batch) * self.batch * len(self.devices)
+
+    @property
+    def batch(self) -> int:
+        """How many chains advance together on one device."""
+        per_device = -(-self.chains // len(self.devices))
+        return per_device if self.mode == "vmap" else min(self.group, per_device)
+
+    @property
+    def together(self) -> bool:
+        """Whether chains advance side by side, and not each in a program of its own."""
+        return self.mode == "vmap" or self.group > 1
 
     def describe(self) -> str:
         """Say it in words, for the summary."""
@@ -136,6 +149,7 @@ def over_chains(function: Callable[..., Any], placement: Placement, donate: bool
     ----------
     function : callable
         Acts on one chain: a pytree without chain axis, and shared arguments (data, keys, counts).
+        Chains that advance together are vectorised over an axis named ``TOGETHER``.
     placement : Placement
     donate : bool
         Give the buffers of the chain values away to the result.
@@ -149,13 +163,19 @@ def over_chains(function: Callable[..., Any], placement: Placement, donate: bool
     mesh = _mesh(placement)
 
     def on_device(chain_values, *shared):
+        def alone(one):
+            return function(one, *shared)
+
+        if not placement.together:
+            return jax.lax.map(alone, chain_values)
+        side_by_side = jax.vmap(alone, axis_name=TOGETHER)
         if placement.mode == "vmap":
-            return jax.vmap(lambda one: function(one, *shared))(chain_values)
-        if placement.group == 1:
-            return jax.lax.map(lambda one: function(one, *shared), chain_values)
-        return jax.lax.map(
-            lambda one: function(one, *shared), chain_values, batch_size=placement.group
+            return side_by_side(chain_values)
+        groups = jax.tree.map(
+            lambda leaf: leaf.reshape(-1, placement.batch, *leaf.shape[1:]), chain_values
         )
+        result = jax.lax.map(side_by_side, groups)
+        return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), result)
 
     def sharded(chain_values, *shared):
         result = jax.shard_map(
@@ -171,6 +191,16 @@ def over_chains(function: Callable[..., Any], placement: Placement, donate: bool
     return jax.jit(
         sharded, donate_argnums=(0,) if donate else (), compiler_options=COMPILER_OPTIONS
     )
+
+
+def least_of(value: jax.Array, placement: Placement) -> jax.Array:
+    """Return the smallest value of the chains that advance together, inside `over_chains`."""
+    return jax.lax.pmin(value, TOGETHER) if placement.together else value
+
+
+def any_of(value: jax.Array, placement: Placement) -> jax.Array:
+    """Return whether it is true for any of the chains that advance together."""
+    return jax.lax.pmax(value.astype(jnp.int32), TOGETHER) > 0 if placement.together else value
 
 
 def spread(tree: Any, placement: Placement) -> Any:

@@ -4,6 +4,9 @@ Inside a call there is no host: loops, thinning and adaptation run on the device
 the caller gets the block's draws and the chains' state, and may store them, show progress, or
 stop. How many draws a call makes is an argument of the compiled function, so any division into
 blocks runs the same instructions and gives the same draws.
+
+Chains of a kernel with trajectories that advance side by side do not wait for one another: see
+`bnnmcmc.records.run_ahead`.
 """
 
 import time
@@ -18,26 +21,18 @@ from bnnmcmc import trees
 from bnnmcmc.errors import InputError
 from bnnmcmc.keys import stage_key
 from bnnmcmc.placement import Placement, gather, over_chains, place, replicate, spread
-from bnnmcmc.samplers.kernel import REDUCTIONS, Kernel
+from bnnmcmc.records import Schedule, no_flight, no_progress, record_steps, run_ahead
+from bnnmcmc.samplers.kernel import Kernel
 from bnnmcmc.samplers.table import kernel_named
 
 # A block is sized to take about this long, so that progress, Ctrl-C and time budgets are prompt.
 TARGET_SECONDS = 1.0
 # Most bytes of draws that one block may hold on the devices.
 MAX_BLOCK_BYTES = 64 * 2**20
+# The same for chains that run ahead, whose records are part of every checkpoint; but room for at
+# least so many records.
+MAX_AHEAD_BYTES, MIN_AHEAD = 32 * 2**20, 8
 WARMUP_RECORDS = 200
-
-
-class Schedule(NamedTuple):
-    """How steps are grouped into records: ``total`` steps, one record every ``thin``."""
-
-    total: int
-    thin: int
-
-    @property
-    def records(self) -> int:
-        """Number of records; the last may cover fewer steps."""
-        return -(-self.total // self.thin)
 
 
 class Block(NamedTuple):
@@ -55,6 +50,10 @@ class Block(NamedTuple):
         The chains' state after the block, on the devices.
     seconds : float
         Wall time of the call.
+    ticks : numpy array or None
+        (chain,) For chains that run ahead: how many gradients a chain could have made, with those
+        it was left out of; what it did make is in ``stats["gradients"]``. Over a whole run, the
+        ratio of the sums is the utilisation.
     """
 
     start: int
@@ -63,6 +62,7 @@ class Block(NamedTuple):
     stats: dict[str, np.ndarray]
     carry: Any
     seconds: float
+    ticks: np.ndarray | None = None
 
 
 class Program(NamedTuple):
@@ -74,7 +74,9 @@ class Program(NamedTuple):
     warmup: Schedule
     sampling: Schedule
     capacity: int
+    runs_ahead: bool
     start: Any
+    depart: Any
     warm: Any
     finish: Any
     draw: Any
@@ -105,7 +107,8 @@ def build_program(
     warmup, draws, thin : int
         Warm-up steps; kept draws per chain; steps per kept draw.
     capacity : int
-        Most draws in one call; chosen by memory if not given.
+        Most draws in one call, and how many of its draws a chain may be ahead of the others;
+        chosen by memory if not given.
 
     Returns
     -------
@@ -118,9 +121,12 @@ def build_program(
     warm_rules = kernel.warmup(warmup)
     warm_schedule = Schedule(warmup, max(1, warmup // WARMUP_RECORDS))
     draw_schedule = Schedule(draws * thin, thin)
+    # Of one chain alone, trajectories follow one another as they are.
+    parts = kernel.trajectories if placement.together else None
     if capacity is None:
-        row_bytes = placement.padded * (of.size * dtype.itemsize + 64)
-        capacity = int(np.clip(MAX_BLOCK_BYTES // row_bytes, 1, max(draws, 1)))
+        row_bytes = placement.chains * (of.size * dtype.itemsize + 64)
+        bytes_, least = (MAX_AHEAD_BYTES, MIN_AHEAD) if parts else (MAX_BLOCK_BYTES, 1)
+        capacity = min(max(bytes_ // row_bytes, least), draws)
     traces = {"start": 0, "warm": 0, "finish": 0, "draw": 0}
 
     def density_of(data):
@@ -130,12 +136,36 @@ def build_program(
         traces["start"] += 1
         index, position = chain
         state = kernel.init(jax.random.fold_in(key, index), position, density_of(data))
-        return state, warm_rules.init(position)
+        adaptation = warm_rules.init(position)
+        if parts is None:
+            return index, state, adaptation, None, None
+        used = warm_rules.in_use(adaptation)
+        progress = no_progress(parts, state, used, WARMUP_RECORDS, keep=False)
+        return index, state, adaptation, progress, None
+
+    def depart_chain(chain):
+        return no_flight(parts, *chain)
 
     def warm_chain(carry, key, first, count, data):
         traces["warm"] += 1
         density = density_of(data)
-        chain_key = jax.random.fold_in(key, carry[0])
+        index, state, adaptation, progress, flight = carry
+        chain_key = jax.random.fold_in(key, index)
+        if parts is not None:
+            inner, records = run_ahead(
+                parts,
+                chain_key,
+                (state, adaptation, progress, flight),
+                first,
+                count,
+                warm_schedule,
+                WARMUP_RECORDS,
+                density,
+                placement,
+                warm_rules.in_use,
+                warm_rules.adapt,
+            )
+            return (index, *inner), records
 
         def step(t, inner):
             state, adaptation = inner
@@ -144,26 +174,47 @@ def build_program(
             )
             return (state, adaptation), info
 
-        inner, records = _records(step, carry[1:], first, count, warm_schedule, WARMUP_RECORDS)
-        return (carry[0], *inner), records
+        (state, adaptation), records = record_steps(
+            step, (state, adaptation), first, count, warm_schedule, WARMUP_RECORDS
+        )
+        return (index, state, adaptation, None, None), (*records, None)
 
-    def finish_chain(adaptation):
+    def finish_chain(carry):
         traces["finish"] += 1
-        return warm_rules.finish(adaptation)
+        index, state, adaptation, _, _ = carry
+        params = warm_rules.finish(adaptation)
+        if parts is None:
+            return index, state, params, None, None
+        return index, state, params, no_progress(parts, state, params, capacity, keep=True), None
 
     def draw_chain(carry, key, first, count, data):
         traces["draw"] += 1
         density = density_of(data)
-        index, state, params = carry
+        index, state, params, progress, flight = carry
         chain_key = jax.random.fold_in(key, index)
+        if parts is not None:
+            inner, records = run_ahead(
+                parts,
+                chain_key,
+                (state, params, progress, flight),
+                first,
+                count,
+                draw_schedule,
+                capacity,
+                density,
+                placement,
+                in_use=lambda params: params,
+                adapt=lambda params, state, info, t: params,
+            )
+            return (index, *inner), records
 
         def step(t, state):
             return kernel.step(jax.random.fold_in(chain_key, t), state, params, density)
 
-        state, records = _records(
+        state, records = record_steps(
             step, state, first, count, draw_schedule, capacity, keep=lambda state: state.position
         )
-        return (index, state, params), records
+        return (index, state, params, None, None), (*records, None)
 
     return Program(
         kernel,
@@ -172,67 +223,14 @@ def build_program(
         warm_schedule,
         draw_schedule,
         capacity,
+        parts is not None,
         over_chains(start_chain, placement),
+        over_chains(depart_chain, placement),
         over_chains(warm_chain, placement, donate=True),
         over_chains(finish_chain, placement),
         over_chains(draw_chain, placement, donate=True),
         traces,
     )
-
-
-def _records(step, carry, first, count, schedule: Schedule, capacity: int, keep=None):
-    """Run records ``first .. first + count - 1`` of one chain into buffers of ``capacity``.
-
-    ``first`` and ``count`` are traced: one compiled loop serves every block. Returns the carry
-    and ``(kept positions or None, statistics)``.
-    """
-    info_shape = jax.eval_shape(lambda c: step(jnp.zeros((), jnp.int32), c)[1], carry)
-    zero = {n: jnp.zeros(s.shape, _stat_dtype(n, s)) for n, s in info_shape._asdict().items()}
-    buffers = {n: jnp.zeros((capacity, *z.shape), z.dtype) for n, z in zero.items()}
-    kept = None
-    if keep is not None:
-        position = keep(carry)
-        kept = jnp.zeros((capacity, *position.shape), position.dtype)
-
-    def one_record(i, loop):
-        carry, kept, buffers = loop
-        low = (first + i) * schedule.thin
-        high = jnp.minimum(low + schedule.thin, schedule.total)
-
-        def one_step(t, inner):
-            carry, sums = inner
-            carry, info = step(t, carry)
-            return carry, _accumulate(sums, info._asdict())
-
-        carry, sums = jax.lax.fori_loop(low, high, one_step, (carry, zero))
-        sums = {
-            n: v / (high - low).astype(v.dtype) if REDUCTIONS[n] == "mean" else v
-            for n, v in sums.items()
-        }
-        if kept is not None:
-            kept = kept.at[i].set(keep(carry))
-        return carry, kept, {n: buffers[n].at[i].set(sums[n]) for n in buffers}
-
-    carry, kept, buffers = jax.lax.fori_loop(0, count, one_record, (carry, kept, buffers))
-    return carry, (kept, buffers)
-
-
-def _stat_dtype(name: str, shape) -> Any:
-    return jnp.int32 if REDUCTIONS[name] in ("sum", "max") else shape.dtype
-
-
-def _accumulate(sums: dict, info: dict) -> dict:
-    result = {}
-    for name, value in info.items():
-        rule, so_far = REDUCTIONS[name], sums[name]
-        value = jnp.asarray(value).astype(so_far.dtype)
-        if rule == "last":
-            result[name] = value
-        elif rule == "max":
-            result[name] = jnp.maximum(so_far, value)
-        else:
-            result[name] = so_far + value
-    return result
 
 
 def start_chains(program: Program, positions: jax.Array, seed: int, data: tuple) -> Any:
@@ -250,14 +248,27 @@ def start_chains(program: Program, positions: jax.Array, seed: int, data: tuple)
     placement = program.placement
     index = jnp.arange(placement.chains, dtype=jnp.int32)
     chains = spread((index, positions.astype(jnp.result_type(float))), placement)
-    state, adaptation = program.start(chains, stage_key(seed, "sampler-init"), data)
-    return chains[0], state, adaptation
+    return program.start(chains, stage_key(seed, "sampler-init"), data)
 
 
 def finish_warmup(program: Program, carry: Any) -> Any:
     """Return the carry for sampling from the carry of a (possibly unfinished) warm-up."""
-    index, state, adaptation = carry
-    return index, state, program.finish(adaptation)
+    return program.finish(at_rest(carry))
+
+
+def at_rest(carry: Any) -> Any:
+    """Return a carry without the trajectories under way: all that a checkpoint needs.
+
+    From there chains begin these trajectories anew, and go on to the same draws.
+    """
+    return (*carry[:4], None)
+
+
+def departed(program: Program, carry: Any) -> Any:
+    """Return a carry with which a block can begin."""
+    if not program.runs_ahead or carry[4] is not None:
+        return carry
+    return (*carry[:4], program.depart(carry[1:3]))
 
 
 def run_blocks(
@@ -279,8 +290,8 @@ def run_blocks(
     stage : str
         "warmup" or "sampling".
     carry : pytree
-        From `start_chains` or `finish_warmup`, or from a block of an earlier call. Its buffers
-        are given away: use the carry of the last block afterwards.
+        From `start_chains` or `finish_warmup`, or from a block of an earlier call (also `at_rest`).
+        Its buffers are given away: use the carry of the last block afterwards.
     seed : int
     data : tuple of arrays
     first, last : int
@@ -296,16 +307,19 @@ def run_blocks(
     advance = program.warm if warming else program.draw
     schedule = program.warmup if warming else program.sampling
     capacity = WARMUP_RECORDS if warming else program.capacity
-    limit = min(capacity, max_count or capacity)
+    # Half of the records leaves the other half to chains that are ahead at the end of a block.
+    ahead = program.runs_ahead and capacity < schedule.records
+    limit = min(max(1, capacity // 2) if ahead else capacity, max_count or capacity)
     key = stage_key(seed, stage)
     last = schedule.records if last is None else last
+    carry = departed(program, carry)
     count, compiled = 1, False
     while first < last:
         n = min(count, limit, last - first)
         begun = time.monotonic()
-        carry, (kept, stats) = advance(carry, key, np.int32(first), np.int32(n), data)
+        carry, records = advance(carry, key, np.int32(first), np.int32(n), data)
         # Slicing on the host, after one copy: slicing on the device would compile per length.
-        kept, stats = gather((kept, stats), program.placement)
+        kept, stats, ticks = gather(records, program.placement)
         seconds = time.monotonic() - begun
         block = Block(
             first,
@@ -315,6 +329,7 @@ def run_blocks(
             {name: values[:, :n].copy() for name, values in stats.items()},
             carry,
             seconds,
+            ticks,
         )
         first += n
         if compiled:  # the first call's time holds the compilation

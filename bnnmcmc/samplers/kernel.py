@@ -39,11 +39,45 @@ class Warmup(NamedTuple):
     finish : callable
         ``finish(adaptation) -> params`` for `Kernel.step`. May be called before the last step:
         the parameters are then the best known so far.
+    in_use, adapt : callable, optional
+        The two halves of ``step`` around the transition, for kernels with `Trajectories`:
+        ``in_use(adaptation) -> params`` and
+        ``adapt(adaptation, state, info, t) -> adaptation``.
     """
 
     init: Callable[[jax.Array], Any]
     step: Callable[..., tuple[Any, Any, Any]]
     finish: Callable[[Any], Any]
+    in_use: Callable[[Any], Any] | None = None
+    adapt: Callable[..., Any] | None = None
+
+
+class Trajectories(NamedTuple):
+    """The parts of a step that is a trajectory of varying length, one gradient at a time.
+
+    So that chains which advance together need not wait for the longest trajectory.
+    """
+
+    scratch: Callable[[jax.Array], Any]
+    begin: Callable[[jax.Array, Any, Any], Any]
+    advance: Callable[..., tuple[Any, Any]]
+    finished: Callable[[Any], jax.Array]
+    end: Callable[[Any, Any], tuple[Any, Any]]
+
+
+def trajectory_step(parts: Trajectories) -> Callable[..., tuple[Any, Any]]:
+    """Build `Kernel.step`."""
+
+    def step(key, state, params, log_density):
+        _, begin, advance, finished, end = parts
+        trajectory, _ = jax.lax.while_loop(
+            lambda loop: ~finished(loop[0]),
+            lambda loop: advance(*loop, params, log_density),
+            (begin(key, state, params), parts.scratch(state.position)),
+        )
+        return end(trajectory, params)
+
+    return step
 
 
 class Kernel(NamedTuple):
@@ -71,3 +105,4 @@ class Kernel(NamedTuple):
     step: Callable[[jax.Array, Any, Any, LogDensity], tuple[Any, Any]]
     exact: bool
     gradients_per_step: int | None
+    trajectories: Trajectories | None = None

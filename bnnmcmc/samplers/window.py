@@ -74,8 +74,7 @@ def window_warmup(step, num_steps: int, initial_step_size: float, target: float)
             inverse_mass_matrix=moments.inverse_mass_matrix,
         )
 
-    def warm(key, state, adaptation, t, log_density):
-        state, info = step(key, state, params_in_use(adaptation), log_density)
+    def adapt(adaptation, state, info, t):
         slow, window_ends = schedule[t, 0] == 1, schedule[t, 1] == 1
         moments = jax.lax.cond(
             slow, lambda m: moments_update(m, state.position), lambda m: m, adaptation.moments
@@ -86,8 +85,11 @@ def window_warmup(step, num_steps: int, initial_step_size: float, target: float)
             adaptation.inverse_mass_matrix,
             adaptation.steps + 1,
         )
-        adaptation = jax.lax.cond(window_ends, end_window, lambda a: a, adaptation)
-        return state, adaptation, info
+        return jax.lax.cond(window_ends, end_window, lambda a: a, adaptation)
+
+    def warm(key, state, adaptation, t, log_density):
+        state, info = step(key, state, params_in_use(adaptation), log_density)
+        return state, adapt(adaptation, state, info, t), info
 
     def finish(adaptation: WindowState) -> HamiltonianParams:
         # Right after a restart the running average is still empty: take the value in use.
@@ -97,4 +99,4 @@ def window_warmup(step, num_steps: int, initial_step_size: float, target: float)
         )
         return HamiltonianParams(size, adaptation.inverse_mass_matrix)
 
-    return Warmup(init, warm, finish)
+    return Warmup(init, warm, finish, params_in_use, adapt)
