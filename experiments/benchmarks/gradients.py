@@ -7,6 +7,7 @@ gradients of layers' inputs. Activations, likelihood and prior are work too, but
 the share of the peak is a lower bound of what the processor does.
 """
 
+import functools
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -23,7 +24,7 @@ from bnnmcmc.posterior import Posterior
 from bnnmcmc.priors import normal
 from experiments.benchmarks.ceiling import copy_bandwidth, gemm_peak
 from experiments.benchmarks.settings import Settings, airfoil
-from experiments.benchmarks.timing import count_for, repeated
+from experiments.benchmarks.timing import count_for, in_turns
 
 HIDDEN = (16, 16, 16, 16)
 CPU_CHAINS, GPU_CHAINS = (1, 10, 64, 256), (1, 10, 64, 256, 1000, 10_000)
@@ -45,16 +46,21 @@ def measure(settings: Settings) -> dict[str, Any]:
         ours = posterior(mlp(x.shape[1], hidden, 2, activation))
         plain = posterior(row_major_mlp((x.shape[1], *hidden, 2), activation))
         for number in chains:
-            rates = {}
-            for name, call in (
-                ("ours", library_gradients(ours, number, x, y)),
-                ("vmap row-major", vmapped_gradients(plain, number, x, y)),
-                # On CPUs a vmap uses the cores only within its products; spread it over them too.
-                ("vmap row-major, sharded", sharded_gradients(plain, number, x, y)),
-            ):
-                count = count_for(call, wanted)
-                taken = repeated(lambda c=call, n=count: c(n), repeats)
-                rates[name] = (flops * number * count / taken["seconds"] / 1e9, taken["spread"])
+            calls = {
+                "ours": library_gradients(ours, number, x, y),
+                "vmap row-major": vmapped_gradients(plain, number, x, y),
+                # On CPUs a vmap uses the cores only within its products: spread it over them too.
+                "vmap row-major, sharded": sharded_gradients(plain, number, x, y),
+            }
+            counts = {name: count_for(call, wanted) for name, call in calls.items()}
+            taken = in_turns(
+                {name: functools.partial(call, counts[name]) for name, call in calls.items()},
+                repeats,
+            )
+            rates = {
+                name: (flops * number * counts[name] / each["seconds"] / 1e9, each["spread"])
+                for name, each in taken.items()
+            }
             beside = max(rates["vmap row-major"][0], rates["vmap row-major, sharded"][0])
             rows.append(
                 {

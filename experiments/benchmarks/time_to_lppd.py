@@ -64,6 +64,7 @@ def measure(settings: Settings) -> dict[str, Any]:
             "peer": name,
             "peer_lppd": peer["lppd"],
             "peer_seconds": peer["wall_seconds"],
+            "peer_cpu_seconds": peer["cpu_seconds"],
             "draws_needed": None,
         }
         reached = np.flatnonzero(lppd >= peer["lppd"])
@@ -76,6 +77,7 @@ def measure(settings: Settings) -> dict[str, Any]:
                 if commits and commits[-1][1] >= needed
                 else full["wall_seconds"],
                 "our_seconds": again["wall_seconds"],
+                "our_cpu_seconds": again["cpu_seconds"],
                 "our_lppd": again["lppd"],
                 "times_faster": peer["wall_seconds"] / again["wall_seconds"],
             }

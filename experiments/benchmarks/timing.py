@@ -2,7 +2,7 @@
 
 import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 
@@ -22,6 +22,15 @@ def summary(seconds: Sequence[float]) -> dict[str, Any]:
 def repeated(call: Callable[[], Any], repeats: int) -> dict[str, Any]:
     """Time a call that blocks until its result is there; it must have run (compiled) before."""
     return summary([timed(call) for _ in range(repeats)])
+
+
+def in_turns(calls: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, dict[str, Any]]:
+    """Time several calls one after the other, again and again: what disturbs one disturbs all."""
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(repeats):
+        for name, call in calls.items():
+            seconds[name].append(timed(call))
+    return {name: summary(each) for name, each in seconds.items()}
 
 
 def timed(call: Callable[[], Any]) -> float:
