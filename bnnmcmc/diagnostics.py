@@ -38,6 +38,8 @@ MIN_ESS_DRAWS = 10
 MAX_COORDINATES = 200
 MAX_SEQUENCES = 2000
 MIN_COORDINATES = 20
+# About so many bytes of draws go through ArviZ at a time.
+CHUNK_BYTES = 4 * 2**20
 TAILS = (0.05, 0.95)
 
 # ArviZ's names for statistics that it knows; others keep ours.
@@ -288,7 +290,9 @@ def chainwise_rhat(values: np.ndarray, parts: int = 4) -> np.ndarray:
     chains, draws, n = np.shape(values)
     length = draws // parts
     kept = np.asarray(values)[:, draws - parts * length :]
-    return _rhat(np.moveaxis(kept, 1, 2).reshape(chains, n, parts, length))
+    # Chain by chain: the axes' new order costs a copy.
+    split = (np.swapaxes(chain, 0, 1).reshape(n, parts, length) for chain in kept)
+    return np.array([_rhat(chain) for chain in split]).reshape(chains, n)
 
 
 def ess(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -334,6 +338,16 @@ def _over_sequences(statistic: str, sequences: np.ndarray, least: int, **options
     """Apply an ArviZ function where it has a meaning, NaN elsewhere: (..., k, draw) -> (...)."""
     from arviz_stats.base import array_stats
 
+    # A few at a time: ArviZ makes several copies, and works through them one by one anyway.
+    few = max(1, CHUNK_BYTES * len(sequences) // max(1, sequences.nbytes))
+    if sequences.ndim > 2 and len(sequences) > few:
+        return np.concatenate(
+            [
+                _over_sequences(statistic, sequences[low : low + few], least, **options)
+                for low in range(0, len(sequences), few)
+            ]
+        )
+    sequences = np.asarray(sequences, np.float64)
     result = np.full(sequences.shape[:-2], np.nan)
     if sequences.shape[-1] < least:
         return result
@@ -355,7 +369,7 @@ def _evenly_spaced(values: np.ndarray) -> np.ndarray:
     chains, _, n = values.shape
     most = int(np.clip(MAX_SEQUENCES // chains, MIN_COORDINATES, MAX_COORDINATES))
     chosen = np.linspace(0, n - 1, min(n, most)).round().astype(int)
-    return np.asarray(values[:, :, chosen], np.float64)
+    return values[:, :, chosen]
 
 
 def _over_moving(

@@ -112,7 +112,8 @@ def thinned(draws: Draws, every: int) -> Draws:
     def blocks() -> Iterator[np.ndarray]:
         first = 0
         for block in draws.blocks():
-            yield block[:, -first % every :: every]
+            # A copy: a view would keep the whole block alive for as long as the few draws.
+            yield block if every == 1 else block[:, -first % every :: every].copy()
             first += block.shape[1]
 
     return draws._replace(draws=-(-draws.draws // every), blocks=blocks)

@@ -87,7 +87,8 @@ def diagnose(run: Run) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     every = max(1, -(-run.draws.draws // most))
     functions = run.function_draws(every)
     stride = max(1, -(-run.draws.layout.size // MAX_DIAGNOSED_WEIGHTS))
-    weights = [block[..., ::stride] for block in thinned(run.draws, every).blocks()]
+    # Copies: views would keep all draws in memory.
+    weights = [block[..., ::stride].copy() for block in thinned(run.draws, every).blocks()]
     table = diagnostics.chain_table(
         log_density=stats["log_density"],
         positions=np.concatenate(weights, axis=1),

@@ -32,6 +32,8 @@ from bnnmcmc.sampling import sample_density
 # The ArviZ tree is thinned to about this size: its log-likelihoods grow with rows x draws.
 ARVIZ_BYTES = 64 * 2**20
 MAX_FUNCTION_ROWS = 50
+# Stored draws are handed on in pieces of about this size, however large the stored blocks are.
+PIECE_BYTES = 8 * 2**20
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -486,13 +488,17 @@ def read_members(
 
 
 def stored_draws(folder: Path, manifest: dict[str, Any], of: trees.Layout) -> Draws:
-    """Return the committed draws of a run folder, read block by block."""
+    """Return the committed draws of a run folder, read block by block, handed on in pieces."""
     blocks = manifest["blocks"]
 
     def read():
         for arrays in store.read_blocks(folder / "draws", of.names, blocks):
-            leaves = [arrays[name] for name in of.names]
-            yield np.concatenate([a.reshape(*a.shape[:2], -1) for a in leaves], axis=-1)
+            chains, count = arrays[of.names[0]].shape[:2]
+            few = max(1, PIECE_BYTES * count // sum(a.nbytes for a in arrays.values()))
+            for low in range(0, count, few):
+                leaves = [arrays[name][:, low : low + few] for name in of.names]
+                yield np.concatenate([a.reshape(chains, a.shape[1], -1) for a in leaves], axis=-1)
+            del arrays, leaves  # before the next block is read
 
     return Draws(of, manifest["chains"], sum(block["count"] for block in blocks), read)
 

@@ -279,7 +279,7 @@ def checksum(arrays: dict[str, np.ndarray]) -> int:
     """Return the CRC-32 over arrays in the order of their names."""
     crc = 0
     for name in sorted(arrays):
-        crc = zlib.crc32(np.ascontiguousarray(arrays[name]).tobytes(), crc)
+        crc = zlib.crc32(np.ascontiguousarray(arrays[name]), crc)
     return crc
 
 
@@ -320,7 +320,9 @@ def read_blocks(
             manifest = path.parent / "manifest.json"
             raise InputError(f"{manifest}: no valid block record: {block!r}. {ADVICE}") from error
         try:
-            arrays = {name: np.asarray(stored[name][:, low:high]) for name in names}
+            # Chunk after chunk: reading several at once takes memory that is never given back.
+            with zarr.config.set({"async.concurrency": 1}):
+                arrays = {name: np.asarray(stored[name][:, low:high]) for name in names}
         except (ValueError, OSError) as error:
             raise InputError(f"{path}: damaged: {error}. {ADVICE}") from error
         if checksum(arrays) != expected:
@@ -329,6 +331,7 @@ def read_blocks(
                 f"the store was cut short or changed. {ADVICE}"
             )
         yield arrays
+        del arrays  # before the next block is read
 
 
 def _sync_folder(path: Path) -> None:

@@ -18,6 +18,8 @@ MAX_VECTOR_POINTS = 20_000
 # Up to so many chains each gets its own line; more are shown as quantile bands.
 MAX_LINES = 20
 MAX_BAND_POINTS = 400
+# A longer trace shows every so many of its points: it is an image a few hundred pixels wide.
+MAX_TRACE_POINTS = 5000
 # As in `bnnmcmc.sampling`, which needs JAX: the warm-up is recorded about so many times.
 WARMUP_RECORDS = 200
 # Mid-tones, readable on light and on dark; in the SVG the page's CSS variables take their place.
@@ -503,6 +505,8 @@ def _chains(ax, x: np.ndarray, values: np.ndarray, failed: Sequence[int]) -> Non
     """Draw one line per chain, or quantile bands when there are many."""
     chains, points = values.shape
     if chains <= MAX_LINES:
+        every = -(-points // MAX_TRACE_POINTS)
+        x, values = x[::every], values[:, ::every]
         raster = values.size > MAX_VECTOR_POINTS
         for chain in range(chains):
             bad = chain in set(failed)
