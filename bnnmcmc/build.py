@@ -3,6 +3,7 @@
 import importlib
 import os
 import sys
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -18,6 +19,7 @@ from bnnmcmc.models.mlp import mlp
 from bnnmcmc.models.network import Network
 from bnnmcmc.placement import Placement, place
 from bnnmcmc.posterior import Posterior
+from bnnmcmc.processes import Group, share_of
 from bnnmcmc.samplers.kernel import Kernel
 from bnnmcmc.samplers.table import KERNELS
 
@@ -147,8 +149,12 @@ def make_ensemble_optimiser(config: Config) -> optax.GradientTransformation:
     )
 
 
-def make_placement(config: Config) -> Placement:
-    """Place the chains as [run] says."""
+def make_placement(config: Config, group: Group | None = None) -> Placement:
+    """Place the chains of this process as [run] says."""
+    group = group or Group()
+    members = config.ensemble.members
+    first, chains = share_of(members, group.index, group.count)
+    room = share_of(members, 0, group.count)[1]
     devices = jax.devices()
     wanted = config.run.devices or len(devices)
     if wanted > len(devices):
@@ -156,7 +162,8 @@ def make_placement(config: Config) -> Placement:
             f"run.devices: found {wanted}, but there are {len(devices)}; give 0 for all"
         )
     mode = None if config.run.mode == "auto" else config.run.mode
-    return place(config.ensemble.members, devices[:wanted], mode, config.run.group)
+    placed = place(room, devices[:wanted], mode, config.run.group)
+    return replace(placed, chains=chains, first=first, room=room)
 
 
 def sampling_rows(config: Config, dataset: Dataset) -> tuple[Any, Any]:

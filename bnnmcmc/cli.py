@@ -7,7 +7,7 @@ import sys
 import time
 import warnings
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import cyclopts
 from cyclopts import Parameter
@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from bnnmcmc.errors import InputError
+from bnnmcmc.processes import Group, LostProcessError, launched_processes, together
 
 # A time budget counts from here, not from when JAX has loaded.
 STARTED = time.monotonic()
@@ -45,6 +46,15 @@ Budget = Annotated[
     ),
 ]
 Quiet = Annotated[bool, Parameter(negative=(), help="Show no progress.")]
+Coordinator = Annotated[
+    str | None,
+    Parameter(
+        help="HOST:PORT at which process 0 meets the others, when several work on one run. SLURM, "
+        "Kubernetes and MPI say it by themselves."
+    ),
+]
+NumProcesses = Annotated[int | None, Parameter(help="How many processes work on the run together.")]
+ProcessId = Annotated[int | None, Parameter(help="Number of this process, from 0.")]
 
 
 @app.command
@@ -107,6 +117,9 @@ def run(
     set: Set = None,
     time_budget: Budget = None,
     quiet: Quiet = False,
+    coordinator: Coordinator = None,
+    num_processes: NumProcesses = None,
+    process_id: ProcessId = None,
 ):
     """Run an experiment: train the ensemble, sample, score, write the report.
 
@@ -118,19 +131,23 @@ def run(
         The run folder, which must be new; by default runs/NAME, runs/NAME-2, ...
     """
     _budget(time_budget)  # a mistake in it shows before anything loads
-    experiment, dataset = _experiment(config, set, _console(quiet))
-    from bnnmcmc.pipeline import start_run
+    with together(coordinator, num_processes, process_id) as group:
+        if not group.lead:
+            return _follow(group)
+        experiment, dataset = _experiment(config, set, _console(quiet), group)
+        from bnnmcmc.pipeline import start_run
 
-    folder = out or _new_folder(Path("runs") / config.stem)
-    done = start_run(
-        experiment,
-        dataset,
-        folder,
-        name=config.stem,
-        command=shlex.join(["bnnmcmc", *sys.argv[1:]]),
-        console=_console(quiet),
-        budget=_budget(time_budget),
-    )
+        folder = out or _new_folder(Path("runs") / config.stem)
+        done = start_run(
+            experiment,
+            dataset,
+            folder,
+            name=config.stem,
+            command=shlex.join(["bnnmcmc", *sys.argv[1:]]),
+            console=_console(quiet),
+            budget=_budget(time_budget),
+            group=group,
+        )
     return _end(folder, done)
 
 
@@ -142,6 +159,9 @@ def resume(
     time_budget: Budget = None,
     other_versions: Annotated[bool, Parameter(negative=())] = False,
     quiet: Quiet = False,
+    coordinator: Coordinator = None,
+    num_processes: NumProcesses = None,
+    process_id: ProcessId = None,
 ):
     """Go on with a run after an interruption, or add draws to it.
 
@@ -156,18 +176,22 @@ def resume(
         of an undisturbed run.
     """
     _budget(time_budget)  # a mistake in it shows before anything loads
-    _configure_for(folder)
-    from bnnmcmc.pipeline import resume_run
-    from bnnmcmc.store import read_manifest
+    with together(coordinator, num_processes, process_id) as group:
+        if not group.lead:
+            return _follow(group)
+        _configure_for(folder, group)
+        from bnnmcmc.pipeline import resume_run
+        from bnnmcmc.store import read_manifest
 
-    before = read_manifest(folder)
-    done = resume_run(
-        folder,
-        console=_console(quiet),
-        draws=draws,
-        budget=_budget(time_budget),
-        other_versions=other_versions,
-    )
+        before = read_manifest(folder)
+        done = resume_run(
+            folder,
+            console=_console(quiet),
+            draws=draws,
+            budget=_budget(time_budget),
+            other_versions=other_versions,
+            group=group,
+        )
     if read_manifest(folder)["blocks"] == before["blocks"] and before["stage"] == "done":
         Console().print("This run was complete already; add draws with --draws N.")
     return _end(folder, done)
@@ -285,6 +309,11 @@ def sweep(
     """
     from bnnmcmc.sweep import run_sweep
 
+    if launched_processes() > 1:
+        raise InputError(
+            "sweep: this is one of several processes of a job, but a sweep is made by one; start "
+            "it as a single task (such as srun --ntasks=1)"
+        )
     folder = out or Path("runs") / f"{config.stem}-sweep"
     return run_sweep(config, grid or [], seeds, folder, set or [])
 
@@ -312,34 +341,50 @@ def seconds(text: str) -> float:
     return total
 
 
-def _experiment(path: Path, settings: list[str] | None, console: Console):
+def _follow(group: Group) -> int:
+    """Take part in process 0's run; return the exit status."""
+    precision, devices = group.first()
+    _configure_jax(precision, devices, group)
+    from bnnmcmc.pipeline import follow_run
+
+    return 0 if follow_run(group, console=_console(True)) else 130
+
+
+def _experiment(
+    path: Path, settings: list[str] | None, console: Console, group: Group | None = None
+):
     """Read config and data, then configure JAX: mistakes in files show before JAX loads."""
     from bnnmcmc.config import read_config
     from bnnmcmc.inputs import read_dataset
     from bnnmcmc.progress import working
 
-    config = read_config(path, settings or [])
+    config, group = read_config(path, settings or []), group or Group()
+    group.first([config.run.precision, config.run.devices])
     with working(console, f"Reading {config.data.path or config.data.source}"):
         dataset = read_dataset(config, path.parent)
     with working(console, "Starting JAX"):
-        _configure_jax(config)
+        _configure_jax(config.run.precision, config.run.devices, group)
     return config, dataset
 
 
-def _configure_for(folder: Path) -> None:
+def _configure_for(folder: Path, group: Group | None = None) -> None:
     from bnnmcmc.config import read_config
     from bnnmcmc.store import read_manifest
 
     read_manifest(folder)
-    _configure_jax(read_config(folder / "config.toml"))
+    chosen, group = read_config(folder / "config.toml").run, group or Group()
+    group.first([chosen.precision, chosen.devices])
+    _configure_jax(chosen.precision, chosen.devices, group)
 
 
-def _configure_jax(config) -> None:
+def _configure_jax(precision: Literal["float32", "float64"], devices: int, group: Group) -> None:
     # Before anything that imports blackjax or numpyro: they wake JAX up.
-    from bnnmcmc.placement import use_all_cores, use_precision
+    from bnnmcmc.placement import use_all_cores, use_gpus, use_precision
 
-    use_all_cores(config.run.devices or None)
-    use_precision(config.run.precision)
+    use_all_cores(devices or group.cores)
+    if group.gpus is not None:
+        use_gpus(group.gpus)
+    use_precision(precision)
     _use_cache()
     importlib.import_module("bnnmcmc.run")
 
@@ -381,14 +426,18 @@ def _end(folder: Path, done: bool) -> int:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line and exit: 0 done, 2 a mistake in the input, 130 interrupted."""
+    """Run the command line and exit.
+
+    The status is 0 when done, 2 for a mistake in the input, 3 when another process of the run was
+    lost, 130 when interrupted.
+    """
     try:
         code = app(arguments)
-    except InputError as error:
+    except (InputError, LostProcessError) as error:
         Console(stderr=True, highlight=False, soft_wrap=True).print(
             f"[bold red]error:[/] {escape(str(error))}"
         )
-        code = 2
+        code = getattr(error, "code", 2)
     except KeyboardInterrupt:
         Console(stderr=True).print("Interrupted.")
         code = 130

@@ -16,7 +16,7 @@ import optax
 
 from bnnmcmc.errors import InputError
 from bnnmcmc.keys import stage_key
-from bnnmcmc.placement import Placement, gather, over_chains, place, replicate, spread
+from bnnmcmc.placement import Placement, gather, indices, over_chains, place, replicate
 
 # A block of epochs takes about this long, for the progress bar and Ctrl-C; saving it takes about
 # 20 ms, so short blocks would cost time.
@@ -311,8 +311,7 @@ def build_training(
 
 def start_members(training: Training, seed: int) -> Any:
     """Return the indexed training state of all members before the first epoch."""
-    index = spread(jnp.arange(training.placement.chains, dtype=jnp.int32), training.placement)
-    return training.start(index, stage_key(seed, "ensemble-init"))
+    return training.start(indices(training.placement), stage_key(seed, "ensemble-init"))
 
 
 def run_epochs(
@@ -323,6 +322,7 @@ def run_epochs(
     *,
     first: int = 0,
     max_count: int | None = None,
+    least: Callable[[int], int] = int,
 ) -> Iterator[EpochBlock]:
     """Train all members, yielding a block of epochs at a time until all have stopped.
 
@@ -338,6 +338,9 @@ def run_epochs(
         Epochs already done.
     max_count : int
         Most epochs in one block; by time if not given.
+    least : callable
+        Returns the least of a number over all processes, which then advance by equal blocks until
+        the members of all have stopped.
 
     Yields
     ------
@@ -348,9 +351,9 @@ def run_epochs(
     limit = min(max_count or MAX_BLOCK_EPOCHS, MAX_BLOCK_EPOCHS)
     count, compiled = 1, False
     while first < training.max_epochs:
-        if gather(members[1].stopped, training.placement).all():
+        if least(int(gather(members[1].stopped, training.placement).all())):
             return
-        n = min(count, limit, training.max_epochs - first)
+        n = least(min(count, limit, training.max_epochs - first))
         begun = time.monotonic()
         members, history = training.advance(members, key, np.int32(first + n), data)
         history = gather(history, training.placement)
@@ -362,13 +365,12 @@ def run_epochs(
         compiled = True
 
 
-def finish_ensemble(training: Training, members: Any, history: np.ndarray) -> Ensemble:
-    """Bring the best weights of all members to the host.
+def finish_ensemble(member: Any, history: np.ndarray) -> Ensemble:
+    """Return what training came to, from the state of all members (a `Member` of NumPy arrays).
 
     ``history`` (member, epoch, 2) ends with the last epoch that any member trained, whatever the
     blocks it came in.
     """
-    member = gather(members[1], training.placement)
     history = history[:, : member.epoch.max()]
     return Ensemble(member.best, member.best_loss, member.best_epoch, member.epoch, history)
 
@@ -441,4 +443,4 @@ def fit_ensemble(
         history.append(block.history)
         if on_block:
             on_block(block._replace(members=None))
-    return finish_ensemble(training, state, np.concatenate(history, axis=1))
+    return finish_ensemble(gather(state[1], placement), np.concatenate(history, axis=1))

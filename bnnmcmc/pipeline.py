@@ -2,6 +2,10 @@
 
 Each stage works in blocks and commits each block to the run folder, so that a run can stop
 between any two of them (Ctrl-C, a time budget, a lost machine) and go on later.
+
+Several processes go through the same stages and blocks side by side, each with its own chains.
+They meet where they agree on something (`Group.share`, and what calls it: `Stop.at`,
+`Store.checkpoint`, `Store.follow`), so every process must come by all of these, in the same order.
 """
 
 import importlib
@@ -28,8 +32,9 @@ from bnnmcmc.data import Dataset, fingerprint, save_dataset
 from bnnmcmc.ensemble import build_training, finish_ensemble, run_epochs, start_members
 from bnnmcmc.errors import InputError
 from bnnmcmc.keys import stage_key
-from bnnmcmc.placement import Placement, gather, replicate, spread
+from bnnmcmc.placement import Placement, gather, indices, replicate, spread
 from bnnmcmc.posterior import Posterior, check_finite
+from bnnmcmc.processes import Group
 from bnnmcmc.results import write_results
 from bnnmcmc.run import (
     Run,
@@ -54,6 +59,8 @@ from bnnmcmc.stopping import Stop, interruptible, locked
 TRAINING_SHARE, WARMUP_SHARE, PLANNED_SHARE = 0.3, 0.7, 0.85
 # A plan for a time budget keeps at least so many warm-up steps and draws.
 MIN_PLANNED = 100
+# As long as another machine may take to see the run folder.
+FOLDER_SECONDS = 60.0
 # Speed is measured on at least this many seconds of compiled warm-up.
 CALIBRATION_SECONDS = 0.5
 
@@ -74,7 +81,7 @@ class Clock:
 
 @dataclass(frozen=True)
 class Job:
-    """What every stage needs."""
+    """What every stage needs; the placement is that of this process's chains."""
 
     store: store.Store
     config: Config
@@ -87,6 +94,11 @@ class Job:
     clock: Clock
     # The samplers of this run by their numbers of steps: a second one if a budget asks for fewer.
     samplers: dict[tuple[int, ...], Ahead] = field(default_factory=dict)
+
+    @property
+    def group(self) -> Group:
+        """The processes at work."""
+        return self.store.group
 
     @property
     def manifest(self) -> dict[str, Any]:
@@ -111,6 +123,7 @@ def start_run(
     command: str,
     console: Console,
     budget: float | None = None,
+    group: Group | None = None,
 ) -> bool:
     """Run an experiment into a new folder.
 
@@ -127,6 +140,8 @@ def start_run(
         Where progress is shown.
     budget : float, optional
         Seconds for everything.
+    group : Group, optional
+        Several processes: this is process 0, the others call `follow_run`.
 
     Returns
     -------
@@ -138,10 +153,11 @@ def start_run(
     InputError
         Anything the user gave cannot be used, before any long work.
     """
-    stop = Stop(None if budget is None else time.monotonic() + budget)
+    group = group or Group()
+    stop = Stop(None if budget is None else time.monotonic() + budget, group)
     check_precision(config)
     preflight.check_free(folder)
-    posterior, placement = preflight.check_model(config, dataset)
+    posterior, placement = preflight.check_model(config, dataset, group)
     of = position_layout(posterior)
     preflight.check_disk(folder, of, config.ensemble.members, config.sampler.draws)
     train, val, test = (len(p) for p in (dataset.train, dataset.validation, dataset.test))
@@ -194,7 +210,8 @@ def start_run(
         store.write_atomic(folder / "config.toml", text)
         with store.disk_errors(folder):
             save_dataset(folder, dataset)
-        run_store = store.new_store(folder, manifest)
+        run_store = store.new_store(folder, manifest, group)
+        group.first([str(folder), run_store.manifest])
         return _advance(
             Job(run_store, config, dataset, posterior, placement, of, console, stop, Clock())
         )
@@ -207,6 +224,7 @@ def resume_run(
     draws: int = 0,
     budget: float | None = None,
     other_versions: bool = False,
+    group: Group | None = None,
 ) -> bool:
     """Go on with a run, or add draws to it.
 
@@ -220,6 +238,8 @@ def resume_run(
         Seconds for everything.
     other_versions : bool
         Go on even if the draws so far were made with other package versions.
+    group : Group, optional
+        As in `start_run`; their number may be another than before.
 
     Returns
     -------
@@ -231,7 +251,8 @@ def resume_run(
     InputError
         Not a run folder, changed or damaged files, or other package versions.
     """
-    stop = Stop(None if budget is None else time.monotonic() + budget)
+    group = group or Group()
+    stop = Stop(None if budget is None else time.monotonic() + budget, group)
     if draws < 0:
         raise InputError(f"--draws: found {draws}, expected a number of draws to add")
     manifest = store.read_manifest(folder)
@@ -242,11 +263,11 @@ def resume_run(
         done = sum(block["count"] for block in manifest["blocks"])
         if done < manifest["draws"] + draws:
             preflight.check_versions(folder, manifest, other_versions)
-        posterior, placement = preflight.check_model(config, dataset)
+        posterior, placement = preflight.check_model(config, dataset, group)
         of = position_layout(posterior)
         left = manifest["draws"] + draws - done
         preflight.check_disk(folder, of, manifest["chains"], left)
-        run_store = store.Store(folder, manifest)
+        run_store = store.Store(folder, manifest, group)
         _remove_partial_files(folder)
         changes: dict[str, Any] = {"stopped": None, **_devices(placement)}
         if draws:
@@ -254,10 +275,48 @@ def resume_run(
         if manifest["stage"] in ("results", "done") and done < (manifest["draws"] + draws):
             changes["stage"] = "sampling"
         run_store.commit(**changes)
+        group.first([str(folder), run_store.manifest])
         with interruptible(stop, console):
             return _advance(
                 Job(run_store, config, dataset, posterior, placement, of, console, stop, Clock())
             )
+
+
+def follow_run(group: Group, *, console: Console) -> bool:
+    """Take part in the run that process 0 starts or resumes.
+
+    Parameters
+    ----------
+    group : Group
+        This is not process 0.
+    console : Console
+        A quiet one: process 0 shows the progress.
+
+    Returns
+    -------
+    bool
+        Whether all draws are there; process 0 then scores them alone.
+
+    Raises
+    ------
+    InputError
+        The run folder is not to be seen from here, or something of this machine does not fit.
+    LostProcessError
+        Another process is gone, or has stopped.
+    """
+    stop = Stop(group=group)
+    name, manifest = group.first()
+    folder = Path(name)
+    _await_folder(folder, manifest)
+    config, dataset = open_inputs(folder, manifest)
+    check_precision(config)
+    posterior, placement = preflight.check_model(config, dataset, group)
+    of = position_layout(posterior)
+    run_store = store.Store(folder, manifest, group)
+    with interruptible(stop, console):
+        return _advance(
+            Job(run_store, config, dataset, posterior, placement, of, console, stop, Clock())
+        )
 
 
 def _advance(job: Job) -> bool:
@@ -269,19 +328,59 @@ def _advance(job: Job) -> bool:
 
 
 def _advance_stages(job: Job) -> bool:
-    for stage, work in (
-        ("ensemble", train_ensemble),
-        ("warmup", warm_up),
-        ("sampling", draw),
-        ("results", _finish),
-    ):
+    _meet(job)
+    for stage, work in (("ensemble", train_ensemble), ("warmup", warm_up), ("sampling", draw)):
         if job.manifest["stage"] != stage:
             continue
         done = work(job)
-        if not done or (job.stop.interrupted and job.manifest["stage"] != "done"):
+        job.store.follow()
+        if job.stop.at() or not done:
             job.store.commit(stopped="interrupted")
             return False
+    if job.group.lead and job.manifest["stage"] == "results":
+        _finish(job)
     return True
+
+
+def _meet(job: Job) -> None:
+    """See that all processes compute alike, and note down what they compute on."""
+    if job.group.count == 1:
+        return
+    versions = {name: v for name, v in preflight.versions().items() if name in preflight.PINNED}
+    found = job.group.share([versions, _devices(job.placement)["devices"]])
+    for number, (theirs, _) in enumerate(found):
+        other = [
+            f"{n} {theirs[n]} (process 0: {v})" for n, v in found[0][0].items() if v != theirs[n]
+        ]
+        if other:
+            raise InputError(
+                f"process {number} on {job.group.hosts[number]} has {', '.join(other)}; install "
+                "the same versions on all machines"
+            )
+    devices = {**found[0][1], "count": sum(device["count"] for _, device in found)}
+    described = (
+        f"{job.config.ensemble.members} chains in {job.group.count} processes; process 0: "
+        f"{job.placement.describe()}"
+    )
+    job.store.commit(devices=devices, placement=described)
+
+
+def _await_folder(folder: Path, manifest: dict[str, Any]) -> None:
+    """Wait until what process 0 has written is to be seen here: network file systems are slow."""
+    until = time.monotonic() + FOLDER_SECONDS
+    while True:
+        try:
+            if store.read_manifest(folder)["created"] == manifest["created"]:
+                return
+            found = "another run than that of process 0"
+        except InputError:
+            found = "no run folder"
+        if time.monotonic() > until:
+            raise InputError(
+                f"{folder.absolute()}: found {found}; it must be on a file system that all "
+                "processes share (and --out a path that is the same for all)"
+            )
+        time.sleep(0.2)
 
 
 def _devices(placement: Placement) -> dict[str, Any]:
@@ -296,7 +395,7 @@ def _devices(placement: Placement) -> dict[str, Any]:
     }
 
 
-def _finish(job: Job) -> bool:
+def _finish(job: Job) -> None:
     # Pictures need matplotlib and SciPy: seconds that a run should not begin with.
     from bnnmcmc.report.page import write_report
 
@@ -305,7 +404,6 @@ def _finish(job: Job) -> bool:
     # The report shows the time of this very stage, so it comes last, after the commit.
     job.store.commit(stage="done")
     write_report(job.store.folder)
-    return True
 
 
 # ------------------------------------------------------------------------------------- stages
@@ -332,42 +430,48 @@ def train_ensemble(job: Job) -> bool:
     entry = job.manifest["checkpoint"]
     if entry is None:
         members, done = start_members(training, job.seed), 0
-        history = np.zeros((0, config.members, 2), dtype)
+        history = np.zeros((job.placement.chains, 0, 2), dtype)
     else:
         template = {
-            "history": jax.ShapeDtypeStruct((0, config.members, 2), dtype),
+            "history": jax.ShapeDtypeStruct((0, entry["position"], 2), dtype),
             "members": training.start.eval_shape(
-                *_index_and_key(job.placement, job.seed, "ensemble-init")
+                indices(job.placement), stage_key(job.seed, "ensemble-init")
             ),
         }
-        restored = job.store.restore(template)
+        restored = _own(job, job.store.restore(template))
         members, done = spread(restored["members"], job.placement), entry["position"]
         history = restored["history"]
     stop_at = job.stop.share(TRAINING_SHARE)
-    stopped = np.asarray(members[1].stopped)
+    stopped = _count(job, members[1].stopped)
     with (
         _timed(job, "ensemble"),
         progress.stage(job.console, "Ensemble", config.max_epochs, "epochs", done) as update,
     ):
-        blocks = run_epochs(training, members, job.seed, data, first=done)
-        for block in () if stopped.all() else blocks:
+        for block in run_epochs(
+            training, members, job.seed, data, first=done, least=job.group.least
+        ):
             members, done = block.members, block.start + block.count
-            history = np.concatenate([history, np.swapaxes(block.history, 0, 1)])
-            stopped = gather(members[1].stopped, job.placement)
+            history = np.concatenate([history, block.history], axis=1)
+            stopped = _count(job, members[1].stopped)
             loss = np.min(gather(members[1].best_loss, job.placement))
-            update(done, f"best loss {loss:.3f}, {stopped.sum()} of {len(stopped)} stopped")
+            update(done, f"best loss {loss:.3f}, {stopped} of {config.members} stopped")
             tree = {"history": history, "members": gather(members, job.placement)}
             _commit(job, checkpoint=job.store.checkpoint("ensemble", done, tree))
             if job.stop.at(stop_at):
                 break
-        complete = done >= config.max_epochs or stopped.all()
+        complete = done >= config.max_epochs or stopped == config.members
         if job.stop.interrupted and not complete:
             return False
-        update(done, f"{done} epochs, {stopped.sum()} members stopped early", finished=True)
+        update(done, f"{done} epochs, {stopped} members stopped early", finished=True)
+    tree = {"history": history, "members": gather(members, job.placement)}
+    if not job.group.lead:
+        return True
+    if job.group.count > 1:
+        tree = job.store.restore(tree)
     notes = list(job.manifest["notes"])
     if not complete:
         notes.append(f"training was ended by the time budget after {done} epochs")
-    ensemble = finish_ensemble(training, members, np.swapaxes(history, 0, 1))
+    ensemble = finish_ensemble(tree["members"][1], tree["history"])
     folder = job.store.folder / "ensemble"
     store.write_arrays(
         folder / "history.npz",
@@ -408,20 +512,24 @@ def warm_up(job: Job) -> bool:
         ) as update,
     ):
         begun = done
-        for block in run_blocks(program, "warmup", carry, job.seed, data, first=done):
+        for block in run_blocks(
+            program, "warmup", carry, job.seed, data, first=done, least=job.group.least
+        ):
             carry, done = block.carry, block.start + block.count
             records = _join_records(records, block.stats)
             update(min(done * thin, program.warmup.total), _note(block.stats))
+            seconds = max(job.group.share(block.seconds))
             # The first block may have waited for its compilation.
             if may_plan and block.start != begun:
                 measured_steps += block.count * thin
-                measured_seconds += block.seconds
+                measured_seconds += seconds
                 if measured_seconds >= CALIBRATION_SECONDS:
                     may_plan = False
                     plan = _plan(job, measured_seconds / measured_steps, sampler, done * thin)
-                    if plan is not None:
-                        update(done * thin, "planned anew for the time budget", finished=True)
-                        break
+            plan = job.group.first(plan)
+            if plan is not None:
+                update(done * thin, "planned anew for the time budget", finished=True)
+                break
             tree = {"carry": gather(at_rest(carry), job.placement), "records": records}
             _commit(job, checkpoint=job.store.checkpoint("warmup", done, tree))
             if job.stop.at(stop_at):
@@ -432,25 +540,29 @@ def warm_up(job: Job) -> bool:
         # The tuning's schedule depends on its length: begin again with the new one.
         job.store.commit(checkpoint=None, planned=True, **plan)
         job.store.drop_old_checkpoints()
+        job.store.follow()
         return warm_up(job)
+    if job.group.lead and job.group.count > 1 and records is not None:
+        tree = {"carry": gather(at_rest(carry), job.placement), "records": records}
+        records = job.store.restore(tree)["records"]
+    carry = gather(finish_warmup(program, carry), job.placement)
+    entry = job.store.checkpoint("sampling", 0, carry)
+    if not job.group.lead:
+        return True
     notes = list(job.manifest["notes"])
     if done < total:
         notes.append(
             f"warm-up was ended by the time budget after {done * thin} of "
             f"{program.warmup.total} steps"
         )
-    carry = gather(finish_warmup(program, carry), job.placement)
-    store.write_arrays(
-        job.store.folder / "warmup.npz",
-        {n: np.swapaxes(v, 0, 1) for n, v in (records or {}).items()},
-    )
+    store.write_arrays(job.store.folder / "warmup.npz", records or {})
     shapes = {n: np.dtype(shape.dtype) for n, shape in sampler.shapes.sampling_stats.items()}
     _create_arrays(job, shapes)
     job.store.commit(
         stage="sampling",
         blocks=[],
         statistics=sorted(shapes),
-        checkpoint=job.store.checkpoint("sampling", 0, carry),
+        checkpoint=entry,
         notes=notes,
     )
     job.store.drop_old_checkpoints()
@@ -463,31 +575,39 @@ def draw(job: Job) -> bool:
     manifest = job.manifest
     sampler = _sampler(job, data)
     threading.Thread(target=_load_for_results, args=(job,), name="load-ahead").start()
-    carry = spread(job.store.restore(sampler.shapes.sampling), job.placement)
+    carry = spread(_own(job, job.store.restore(sampler.shapes.sampling)), job.placement)
     done, total, folder = manifest["checkpoint"]["position"], manifest["draws"], job.store.folder
-    for path in (folder / "draws", folder / "stats"):
+    for path in (folder / "draws", folder / "stats") if job.group.lead else ():
+        store.settle_shares(path, job.placement.chains, manifest["blocks"])
         store.resize_arrays(path, total)
-    steps = manifest["thin"]
+    late = job.stop.at(job.stop.sampling_deadline if done else None)
+    steps, first = manifest["thin"], job.placement.first
     with (
         _timed(job, "sampling"),
         progress.stage(job.console, "Sampling", total * steps, "steps", done * steps) as update,
     ):
         limit = job.config.run.block_draws or None
-        if done < total and not job.stop.at(job.stop.sampling_deadline if done else None):
+        if done < total and not late:
             for block in run_blocks(
-                sampler.program, "sampling", carry, job.seed, data, first=done, max_count=limit
+                sampler.program,
+                "sampling",
+                carry,
+                job.seed,
+                data,
+                first=done,
+                max_count=limit,
+                least=job.group.least,
             ):
                 done = block.start + block.count
                 assert block.draws is not None
                 leaves = dict(
                     zip(job.layout.names, trees.split_flat(block.draws, job.layout), strict=True)
                 )
-                record = {
-                    "start": block.start,
-                    "count": block.count,
-                    "draws": store.append(folder / "draws", block.start, leaves),
-                    "stats": store.append(folder / "stats", block.start, block.stats),
+                checksums = {
+                    "draws": store.append(folder / "draws", block.start, leaves, first),
+                    "stats": store.append(folder / "stats", block.start, block.stats, first),
                 }
+                record = {"start": block.start, "count": block.count, **_joined(job, checksums)}
                 tree = gather(at_rest(block.carry), job.placement)
                 _commit(
                     job,
@@ -523,9 +643,25 @@ def _commit(job: Job, **changes: Any) -> None:
     job.store.drop_old_checkpoints()
 
 
-def _index_and_key(placement: Placement, seed: int, stage: str) -> tuple[jax.Array, jax.Array]:
-    index = spread(jnp.arange(placement.chains, dtype=jnp.int32), placement)
-    return index, stage_key(seed, stage)
+def _own(job: Job, tree: Any) -> Any:
+    """Return this process's chains of a pytree with all chains."""
+    first, last = job.placement.first, job.placement.first + job.placement.chains
+    return jax.tree.map(lambda leaf: leaf[first:last], tree)
+
+
+def _count(job: Job, flags: jax.Array) -> int:
+    """Count the chains of all processes whose flag is set."""
+    return sum(job.group.share(int(gather(flags, job.placement).sum())))
+
+
+def _joined(job: Job, checksums: dict[str, int]) -> dict[str, Any]:
+    """Return what a block's record says of its parts, all of which are then on disk."""
+    parts = job.group.share(checksums)
+    if len(parts) == 1:
+        return checksums
+    return {name: [part[name] for part in parts] for name in checksums} | {
+        "share": job.placement.chains
+    }
 
 
 def _load_for_results(job: Job) -> None:
@@ -567,22 +703,19 @@ def _begin_warmup(job: Job, sampler: Ahead, data) -> tuple[Any, int, dict[str, n
     if entry is None:
         members, _ = read_members(job.store.folder, job.manifest, job.layout)
         check_finite(job.posterior, members, *data)
-        carry = start_chains(sampler.program, trees.flatten_stacked(members), job.seed, data)
-        return carry, 0, None
-    shapes, chains = sampler.shapes, job.placement.chains
-    records = {
-        n: jax.ShapeDtypeStruct((0, chains), s.dtype) for n, s in shapes.warmup_stats.items()
-    }
-    restored = job.store.restore({"carry": shapes.warmup, "records": records})
-    return spread(restored["carry"], job.placement), entry["position"], restored["records"]
+        positions = trees.flatten_stacked(_own(job, members))
+        return start_chains(sampler.program, positions, job.seed, data), 0, None
+    shapes, done = sampler.shapes, entry["position"]
+    records = {n: jax.ShapeDtypeStruct((0, done), s.dtype) for n, s in shapes.warmup_stats.items()}
+    restored = _own(job, job.store.restore({"carry": shapes.warmup, "records": records}))
+    return spread(restored["carry"], job.placement), done, restored["records"]
 
 
 def _join_records(records, stats: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Append statistics (chain, count) to records (record, chain)."""
-    new = {name: np.swapaxes(values, 0, 1) for name, values in stats.items()}
+    """Append statistics (chain, count) to records (chain, record)."""
     if records is None:
-        return new
-    return {name: np.concatenate([records[name], new[name]]) for name in new}
+        return stats
+    return {name: np.concatenate([records[name], new], axis=1) for name, new in stats.items()}
 
 
 def _create_arrays(job: Job, stats: dict[str, np.dtype]) -> None:
@@ -590,8 +723,10 @@ def _create_arrays(job: Job, stats: dict[str, np.dtype]) -> None:
     dtype = np.dtype(jnp.result_type(float))
     shapes = dict(zip(job.layout.names, job.layout.shapes, strict=True))
     chains, draws = manifest["chains"], manifest["draws"]
-    store.create_arrays(folder / "draws", shapes, dict.fromkeys(shapes, dtype), chains, draws)
-    store.create_arrays(folder / "stats", dict.fromkeys(stats, ()), stats, chains, draws)
+    share = job.placement.chains
+    types = dict.fromkeys(shapes, dtype)
+    store.create_arrays(folder / "draws", shapes, types, chains, draws, share)
+    store.create_arrays(folder / "stats", dict.fromkeys(stats, ()), stats, chains, draws, share)
 
 
 def _plan(job: Job, step_seconds: float, sampler: Ahead, steps_done: int) -> dict[str, Any] | None:

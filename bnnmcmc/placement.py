@@ -37,29 +37,38 @@ class Placement:
         On each device, run groups of chains one after the other, or all chains side by side.
     group : int
         In mode "map", how many chains advance together; the last group is filled up too.
+    first : int
+        Number of the first of these chains, where other processes hold those before it.
+    room : int
+        Make the chain axis as long as for this many chains, so that a process with fewer chains
+        than others compiles the same program.
     """
 
     chains: int
     devices: tuple[Any, ...]
     mode: Literal["map", "vmap"]
     group: int = 1
+    first: int = 0
+    room: int = 0
 
     @property
     def padded(self) -> int:
         """Length of the chain axis on the devices."""
-        per_device = -(-self.chains // len(self.devices))
-        return -(-per_device // self.batch) * self.batch * len(self.devices)
+        return -(-self._per_device // self.batch) * self.batch * len(self.devices)
 
     @property
     def batch(self) -> int:
         """How many chains advance together on one device."""
-        per_device = -(-self.chains // len(self.devices))
-        return per_device if self.mode == "vmap" else min(self.group, per_device)
+        return self._per_device if self.mode == "vmap" else min(self.group, self._per_device)
 
     @property
     def together(self) -> bool:
         """Whether chains advance side by side, and not each in a program of its own."""
         return self.mode == "vmap" or self.group > 1
+
+    @property
+    def _per_device(self) -> int:
+        return -(-max(self.chains, self.room) // len(self.devices))
 
     def describe(self) -> str:
         """Say it in words, for the summary."""
@@ -92,6 +101,11 @@ def use_all_cores(cores: int | None = None) -> None:
     """
     count = cores or len(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else [0])
     jax.config.update("jax_num_cpu_devices", count)
+
+
+def use_gpus(indices: list[int]) -> None:
+    """Let JAX see only these of the visible GPUs. To be called before JAX is first used."""
+    jax.config.update("jax_cuda_visible_devices", ",".join(map(str, indices)))
 
 
 def use_precision(precision: Literal["float32", "float64"]) -> None:
@@ -161,6 +175,7 @@ def over_chains(function: Callable[..., Any], placement: Placement, donate: bool
         `spread`. A result can be the next call's argument without another compilation.
     """
     mesh = _mesh(placement)
+    function = _fenced(function)
 
     def on_device(chain_values, *shared):
         def alone(one):
@@ -203,6 +218,19 @@ def any_of(value: jax.Array, placement: Placement) -> jax.Array:
     return jax.lax.pmax(value.astype(jnp.int32), TOGETHER) > 0 if placement.together else value
 
 
+def _fenced(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Keep XLA from fusing a function with what is around it.
+
+    How that is done depends on the number of devices, and with it the rounding.
+    """
+
+    def fenced(chain_values, *shared):
+        chain_values, shared = jax.lax.optimization_barrier((chain_values, shared))
+        return jax.lax.optimization_barrier(function(chain_values, *shared))
+
+    return fenced
+
+
 def spread(tree: Any, placement: Placement) -> Any:
     """Put a pytree with leading axis ``chains`` on the devices, filled up to ``padded``."""
     extra = placement.padded - placement.chains
@@ -222,6 +250,12 @@ def replicate(tree: Any, placement: Placement) -> Any:
     """Put a copy of every array on every device."""
     sharding = NamedSharding(_mesh(placement), P())
     return jax.tree.map(lambda leaf: jax.device_put(jnp.asarray(leaf), sharding), tree)
+
+
+def indices(placement: Placement) -> jax.Array:
+    """Return the numbers of the chains, which their keys depend on, on the devices (``padded``)."""
+    numbers = np.arange(placement.first, placement.first + placement.chains, dtype=np.int32)
+    return spread(numbers, placement)
 
 
 def gather(tree: Any, placement: Placement) -> Any:

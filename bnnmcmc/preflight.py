@@ -25,6 +25,7 @@ from bnnmcmc.keys import stage_key
 from bnnmcmc.placement import Placement, over_chains, replicate, spread
 from bnnmcmc.posterior import Posterior, check_finite
 from bnnmcmc.predictive import BATCH
+from bnnmcmc.processes import Group
 from bnnmcmc.progress import duration
 from bnnmcmc.run import position_layout
 from bnnmcmc.samplers.mclmc import MAX_TUNING_COORDINATES, MAX_TUNING_DRAWS
@@ -42,8 +43,10 @@ BASE_BYTES = 600 * 2**20
 NUTS_DEPTHS = (6, 9)
 
 
-def check_model(config: Config, dataset: Dataset) -> tuple[Posterior, Placement]:
-    """Build posterior and placement and check them before any long work.
+def check_model(
+    config: Config, dataset: Dataset, group: Group | None = None
+) -> tuple[Posterior, Placement]:
+    """Build posterior and placement (of this process) and check them before any long work.
 
     Raises
     ------
@@ -53,7 +56,7 @@ def check_model(config: Config, dataset: Dataset) -> tuple[Posterior, Placement]
     posterior = build.make_posterior(config, dataset.encoding)
     build.make_kernel(config)
     build.make_ensemble_optimiser(config)
-    placement = build.make_placement(config)
+    placement = build.make_placement(config, group)
     x, y = posterior.arrays(*build.sampling_rows(config, dataset))
     key = stage_key(config.run.seed, "ensemble-init")
     count = min(config.ensemble.members, CHECKED_STARTS)

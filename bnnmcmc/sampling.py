@@ -20,7 +20,7 @@ import numpy as np
 from bnnmcmc import trees
 from bnnmcmc.errors import InputError
 from bnnmcmc.keys import stage_key
-from bnnmcmc.placement import Placement, gather, over_chains, place, replicate, spread
+from bnnmcmc.placement import Placement, gather, indices, over_chains, place, replicate, spread
 from bnnmcmc.records import Schedule, no_flight, no_progress, record_steps, run_ahead
 from bnnmcmc.samplers.kernel import Kernel
 from bnnmcmc.samplers.table import kernel_named
@@ -246,8 +246,8 @@ def start_chains(program: Program, positions: jax.Array, seed: int, data: tuple)
         As made by `replicate`.
     """
     placement = program.placement
-    index = jnp.arange(placement.chains, dtype=jnp.int32)
-    chains = spread((index, positions.astype(jnp.result_type(float))), placement)
+    positions = spread(positions.astype(jnp.result_type(float)), placement)
+    chains = (indices(placement), positions)
     return program.start(chains, stage_key(seed, "sampler-init"), data)
 
 
@@ -281,6 +281,7 @@ def run_blocks(
     first: int = 0,
     last: int | None = None,
     max_count: int | None = None,
+    least: Callable[[int], int] = int,
 ) -> Iterator[Block]:
     """Advance all chains from record ``first`` to ``last``, yielding a block at a time.
 
@@ -298,6 +299,8 @@ def run_blocks(
         Record range; all records of the stage if not given.
     max_count : int
         Most records in one block; by time and memory if not given.
+    least : callable
+        Returns the least of a number over all processes, which then advance by equal blocks.
 
     Yields
     ------
@@ -315,7 +318,7 @@ def run_blocks(
     carry = departed(program, carry)
     count, compiled = 1, False
     while first < last:
-        n = min(count, limit, last - first)
+        n = least(min(count, limit, last - first))
         begun = time.monotonic()
         carry, records = advance(carry, key, np.int32(first), np.int32(n), data)
         # Slicing on the host, after one copy: slicing on the device would compile per length.

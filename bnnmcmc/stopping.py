@@ -11,6 +11,7 @@ import numpy as np
 from rich.console import Console
 
 from bnnmcmc.errors import InputError
+from bnnmcmc.processes import Group
 from bnnmcmc.store import disk_errors
 
 # Of a time budget, scores and report get this part, within these seconds.
@@ -19,15 +20,36 @@ RESULTS_SHARE, RESULTS_SECONDS = 0.15, (8.0, 120.0)
 
 @dataclass
 class Stop:
-    """When to stop between two blocks: at a time, or because the user asked."""
+    """When to stop between two blocks: at a time, or because the user asked.
+
+    Parameters
+    ----------
+    deadline : float
+        When all must be done (monotonic seconds); that of process 0 counts.
+    group : Group
+        The processes that stop together.
+    asked : bool
+        Whether the user asked this process to stop.
+    interrupted : bool
+        Whether the user asked any process, as of the last call of `at`.
+    begun : float
+    """
 
     deadline: float | None = None
+    group: Group = field(default_factory=Group)
+    asked: bool = False
     interrupted: bool = False
     begun: float = field(default_factory=time.monotonic)
 
-    def at(self, deadline: float | None) -> bool:
-        """Tell whether to stop now, given a deadline (monotonic seconds)."""
-        return self.interrupted or (deadline is not None and time.monotonic() >= deadline)
+    def at(self, deadline: float | None = None) -> bool:
+        """Tell whether to stop now, given a deadline (monotonic seconds): all or none.
+
+        A meeting point of all processes.
+        """
+        late = deadline is not None and time.monotonic() >= deadline
+        answers = self.group.share([self.asked, late])
+        self.interrupted = any(asked for asked, _ in answers)
+        return self.interrupted or answers[0][1]
 
     def share(self, part: float) -> float | None:
         """Return when this part of the time until sampling must end will be used up."""
@@ -78,9 +100,9 @@ def interruptible(stop: Stop, console: Console) -> Iterator[None]:
     """Let the first Ctrl-C stop between blocks; the second one stops at once."""
 
     def handle(number, frame):
-        if stop.interrupted:
+        if stop.asked:
             raise KeyboardInterrupt
-        stop.interrupted = True
+        stop.asked = True
         console.print(
             "[yellow]Stopping after this block (Ctrl-C again: at once, losing the block)[/]"
         )

@@ -10,17 +10,19 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import zarr
 
 from bnnmcmc.errors import InputError
+from bnnmcmc.processes import Group
 
 SCHEMA = 1
 CHUNK_BYTES = 8 * 2**20
@@ -146,40 +148,68 @@ class Store:
     folder : Path
     manifest : dict
         The manifest as last committed.
+    group : Group
+        The processes that write it together: each its own chains, process 0 the manifest.
     """
 
-    def __init__(self, folder: Path, manifest: dict[str, Any]):
+    def __init__(self, folder: Path, manifest: dict[str, Any], group: Group | None = None):
         self.folder = folder
         self.manifest = manifest
+        self.group = group or Group()
 
     def commit(self, **changes: Any) -> None:
-        """Write the manifest with these entries changed: the moment from which they count."""
-        self.manifest = {**self.manifest, **changes}
-        write_json(self.folder / "manifest.json", self.manifest)
+        """Write the manifest with these entries changed: the moment from which they count.
+
+        Only process 0 does; the others get to know with `follow`.
+        """
+        if self.group.lead:
+            self.manifest = {**self.manifest, **changes}
+            write_json(self.folder / "manifest.json", self.manifest)
+
+    def follow(self) -> None:
+        """Take over what process 0 committed; a meeting point of all processes."""
+        self.manifest = self.group.first(self.manifest)
 
     def checkpoint(self, stage: str, position: int, tree: Any) -> dict[str, Any]:
-        """Write the state of a stage; return its entry for the manifest."""
-        name = f"{stage}-{position:09d}.npz"
-        sha256 = save_tree(self.folder / "state" / name, tree)
-        return {"stage": stage, "position": position, "file": name, "sha256": sha256}
+        """Write the state of a stage; return its entry for the manifest.
+
+        With several processes, each writes the state of its own chains, and all of it is on disk
+        when this returns.
+        """
+        name = f"{stage}-{position:09d}"
+        if self.group.count > 1:
+            name += f".part{self.group.index}"
+        sha256 = save_tree(self.folder / "state" / f"{name}.npz", tree)
+        parts = self.group.share({"file": f"{name}.npz", "sha256": sha256})
+        entry = {"stage": stage, "position": position}
+        return entry | (parts[0] if len(parts) == 1 else {"parts": parts})
 
     def drop_old_checkpoints(self) -> None:
         """Remove every checkpoint but the committed one, and what a killed process half wrote."""
-        keep = (self.manifest.get("checkpoint") or {}).get("file")
+        entry = self.manifest.get("checkpoint") or {}
+        keep = {part.get("file") for part in entry.get("parts", [entry])}
         folder = self.folder / "state"
-        for path in list(folder.iterdir()) if folder.is_dir() else ():
-            if path.name != keep and path.suffix in (".npz", ".tmp"):
+        for path in list(folder.iterdir()) if folder.is_dir() and self.group.lead else ():
+            if path.name not in keep and path.suffix in (".npz", ".tmp"):
                 path.unlink(missing_ok=True)
 
     def restore(self, template: Any) -> Any:
-        """Read the committed checkpoint."""
+        """Read the committed checkpoint of all chains, whatever processes wrote it."""
+        import jax
+
         entry = self.manifest["checkpoint"]
-        return load_tree(self.folder / "state" / entry["file"], template, entry["sha256"])
+        parts = [
+            load_tree(self.folder / "state" / part["file"], template, part["sha256"])
+            for part in entry.get("parts", [entry])
+        ]
+        return (
+            jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts) if parts[1:] else parts[0]
+        )
 
 
-def new_store(folder: Path, manifest: dict[str, Any]) -> Store:
+def new_store(folder: Path, manifest: dict[str, Any], group: Group | None = None) -> Store:
     """Start a run folder with its first manifest."""
-    store = Store(folder, {"schema": SCHEMA, **manifest})
+    store = Store(folder, {"schema": SCHEMA, **manifest}, group)
     store.commit()
     return store
 
@@ -213,13 +243,22 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def create_arrays(
-    path: Path, shapes: dict[str, tuple[int, ...]], dtypes: dict[str, Any], chains: int, draws: int
+    path: Path,
+    shapes: dict[str, tuple[int, ...]],
+    dtypes: dict[str, Any],
+    chains: int,
+    draws: int,
+    share: int | None = None,
 ) -> None:
-    """Make empty Zarr arrays ``path/NAME`` of shape (chain, draw, *shape)."""
+    """Make empty Zarr arrays ``path/NAME`` of shape (chain, draw, *shape).
+
+    A chunk holds ``share`` chains, all if not given: two processes never write the same chunk.
+    """
+    share = share or chains
     with disk_errors(path):
         group = zarr.open_group(path, mode="w")
         per_draw = sum(
-            chains * int(np.prod(shapes[name])) * np.dtype(dtypes[name]).itemsize for name in shapes
+            share * int(np.prod(shapes[name])) * np.dtype(dtypes[name]).itemsize for name in shapes
         )
         chunk = int(np.clip(CHUNK_BYTES // max(per_draw, 1), 1, draws))
         for name, shape in shapes.items():
@@ -227,7 +266,7 @@ def create_arrays(
             group.create_array(
                 name,
                 shape=(chains, draws, *shape),
-                chunks=(chains, chunk, *shape),
+                chunks=(share, chunk, *shape),
                 dtype=dtype,
                 fill_value=np.nan if dtype.kind == "f" else -1 if dtype.kind == "i" else 0,
                 compressors=None,  # weights are noise to a compressor
@@ -238,14 +277,55 @@ def create_arrays(
 def resize_arrays(path: Path, draws: int) -> None:
     """Make room for ``draws`` draws per chain."""
     with disk_errors(path):
-        # All members, also nested ones: a leaf's name may hold a slash.
-        for _, array in zarr.open_group(path, mode="r+").members(max_depth=None):
-            if isinstance(array, zarr.Array):
-                array.resize((array.shape[0], draws, *array.shape[2:]))
+        for array in _arrays(path, "r+").values():
+            array.resize((array.shape[0], draws, *array.shape[2:]))
 
 
-def append(path: Path, start: int, arrays: dict[str, np.ndarray]) -> int:
-    """Write draws ``start ..`` of all chains and flush them to disk.
+def _arrays(path: Path, mode: Literal["r", "r+"]) -> dict[str, zarr.Array]:
+    """Return all arrays of a group, also nested ones: a leaf's name may hold a slash."""
+    members = zarr.open_group(path, mode=mode).members(max_depth=None)
+    return {name: array for name, array in members if isinstance(array, zarr.Array)}
+
+
+def settle_shares(path: Path, share: int, blocks: Sequence[dict[str, Any]]) -> None:
+    """Write Zarr arrays anew if two processes would meet in a chunk.
+
+    Also ends what an earlier call had begun when it was killed: at any moment, the whole arrays
+    are there under one of two names.
+
+    Parameters
+    ----------
+    path : Path
+        The Zarr group.
+    share : int
+        Chains of each process but the last.
+    blocks : sequence of dict
+        The manifest's "blocks": only what they name is kept.
+    """
+    old, new = (path.with_name(f"{path.name}.{word}.tmp") for word in ("old", "new"))
+    with disk_errors(path):
+        if old.exists() and not path.exists():
+            old.rename(path)
+        for left in (old, new):
+            if left.exists():
+                shutil.rmtree(left)
+        arrays = _arrays(path, "r")
+        chains, draws = next(iter(arrays.values())).shape[:2]
+        if share >= chains or all(share % a.chunks[0] == 0 for a in arrays.values()):
+            return
+        shapes = {name: array.shape[2:] for name, array in arrays.items()}
+        dtypes = {name: array.dtype for name, array in arrays.items()}
+        create_arrays(new, shapes, dtypes, chains, draws, share)
+        for block, found in zip(blocks, read_blocks(path, list(arrays), blocks), strict=True):
+            append(new, int(block["start"]), found)
+        path.rename(old)
+        new.rename(path)
+        _sync_folder(path.parent)
+        shutil.rmtree(old)
+
+
+def append(path: Path, start: int, arrays: dict[str, np.ndarray], first: int = 0) -> int:
+    """Write draws ``start ..`` of some chains and flush them to disk.
 
     Parameters
     ----------
@@ -254,24 +334,27 @@ def append(path: Path, start: int, arrays: dict[str, np.ndarray]) -> int:
     start : int
     arrays : dict
         name -> (chain, count, *shape)
+    first : int
+        Which chain the first one of the arrays is.
 
     Returns
     -------
     int
-        The block's checksum, for the manifest.
+        The checksum of these arrays, for the manifest.
     """
     # Zarr would leave out a chunk that holds only NaN, and so lose the bits of the NaN.
     with disk_errors(path), zarr.config.set({"array.write_empty_chunks": True}):
         group = zarr.open_group(path, mode="r+")
         for name, values in arrays.items():
             stored: Any = group[name]
-            stop = start + values.shape[1]
-            stored[:, start:stop] = values
-            chunk = stored.chunks[1]
-            for index in range(start // chunk, -(-stop // chunk)):
-                parts = ("c", "0", str(index), *("0" for _ in values.shape[2:]))
-                with open(path / name / Path(*parts), "rb") as file:
-                    os.fsync(file.fileno())
+            stop, last = start + values.shape[1], first + values.shape[0]
+            stored[first:last, start:stop] = values
+            share, chunk = stored.chunks[:2]
+            for part in range(first // share, -(-last // share)):
+                for index in range(start // chunk, -(-stop // chunk)):
+                    parts = ("c", str(part), str(index), *("0" for _ in values.shape[2:]))
+                    with open(path / name / Path(*parts), "rb") as file:
+                        os.fsync(file.fileno())
     return checksum(arrays)
 
 
@@ -314,8 +397,11 @@ def read_blocks(
         raise InputError(f"{path}: damaged: {error}. {ADVICE}") from error
     for block in blocks:
         try:
-            low, expected = int(block["start"]), int(block[path.name])
+            low, crc = int(block["start"]), block[path.name]
             high = low + int(block["count"])
+            # Several processes: one checksum each, of equal shares of the chains.
+            expected = crc if isinstance(crc, list) else [int(crc)]
+            share = int(block["share"]) if isinstance(crc, list) else None
         except (KeyError, TypeError, ValueError) as error:
             manifest = path.parent / "manifest.json"
             raise InputError(f"{manifest}: no valid block record: {block!r}. {ADVICE}") from error
@@ -325,13 +411,23 @@ def read_blocks(
                 arrays = {name: np.asarray(stored[name][:, low:high]) for name in names}
         except (ValueError, OSError) as error:
             raise InputError(f"{path}: damaged: {error}. {ADVICE}") from error
-        if checksum(arrays) != expected:
+        if _checksums(arrays, share) != expected:
             raise InputError(
                 f"{path}: draws {low} to {high - 1} do not match their checksum in manifest.json: "
                 f"the store was cut short or changed. {ADVICE}"
             )
         yield arrays
         del arrays  # before the next block is read
+
+
+def _checksums(arrays: dict[str, np.ndarray], share: int | None) -> list[int]:
+    if share is None:
+        return [checksum(arrays)]
+    chains = next(iter(arrays.values())).shape[0]
+    return [
+        checksum({name: values[low : low + share] for name, values in arrays.items()})
+        for low in range(0, chains, share)
+    ]
 
 
 def _sync_folder(path: Path) -> None:

@@ -68,7 +68,7 @@ def train(
             if interrupt:
                 state, running = spread(gather(state, placement), placement), True
                 break
-    return finish_ensemble(training, state, np.concatenate(history, axis=1)), training
+    return finish_ensemble(gather(state[1], placement), np.concatenate(history, axis=1)), training
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +160,8 @@ def test_all_have_stopped_then_nothing_is_done(reference):
     for block in run_epochs(training, state, 0, data):
         state = block.members
     assert list(run_epochs(training, state, 0, data, first=block.start + block.count)) == []
-    assert_same(finish_ensemble(training, state, ensemble.history), ensemble)
+    member = gather(state[1], training.placement)
+    assert_same(finish_ensemble(member, ensemble.history), ensemble)
 
 
 def test_patience_and_epochs(reference):
