@@ -368,12 +368,13 @@ def _await_others(host, port, count, index, until) -> list[socket.socket]:
                 one, _ = server.accept()
             except TimeoutError as error:
                 missing = [str(i) for i in range(1, count) if i not in found]
-                for one in found.values():
-                    one.close()
-                raise InputError(
+                text = (
                     f"process {', '.join(missing)} of {count} did not come to {host}:{port} within "
                     "the waiting time; are all processes started, and do they reach this machine?"
-                ) from error
+                )
+                for one in found.values():
+                    _refuse(one, text)
+                raise InputError(text) from error
             hello = _hello(one)
             number = hello.get("process", 0)
             wrong = None
@@ -386,10 +387,7 @@ def _await_others(host, port, count, index, until) -> list[socket.socket]:
             if wrong is None:
                 found[number] = one
             elif hello:
-                with contextlib.suppress(OSError):
-                    _send(one, {"bye": wrong, "code": 2})
-                    one.shutdown(socket.SHUT_WR)
-                one.close()
+                _refuse(one, wrong)
             else:  # not one of ours
                 one.close()
     for one in found.values():
@@ -399,29 +397,37 @@ def _await_others(host, port, count, index, until) -> list[socket.socket]:
     return [found[number] for number in sorted(found)]
 
 
+def _refuse(one: socket.socket, reason: str) -> None:
+    with contextlib.suppress(OSError):
+        _send(one, {"bye": reason})
+    one.close()
+
+
 def _reach_first(host, port, count, index, until) -> list[socket.socket]:
     """Connect to process 0."""
     while True:
         try:
             one = socket.create_connection((host, port), timeout=HELLO_SECONDS)
-            _send(one, {"process": index, "processes": count})
-            one.settimeout(max(1.0, until - time.monotonic()))
-            word = _line(one)
             break
-        except ValueError as error:
-            raise InputError(
-                f"--coordinator: what answers at {host}:{port} is not bnnmcmc; take another port"
-            ) from error
-        except OSError as error:
+        except OSError as error:  # not started yet, as a rule
             if time.monotonic() > until:
                 raise InputError(
-                    f"--coordinator: process 0 is not to be reached at {host}:{port} ({error}); "
-                    "is it started, and is the port free on its machine?"
+                    f"--coordinator: process 0 is not to be reached at {host}:{port} "
+                    f"({error.strerror or error}); is it started, and is the port free on its "
+                    "machine?"
                 ) from error
             time.sleep(0.2)
+    try:
+        _send(one, {"process": index, "processes": count})
+        # Process 0 gives up first if the others do not come, and says so.
+        one.settimeout(max(0.0, until - time.monotonic()) + HELLO_SECONDS)
+        word = _line(one)
+    except (OSError, ValueError):
+        word = {"bye": "does not speak as bnnmcmc does; take another port"}
     if not isinstance(word, dict) or not word.get("welcome"):
-        reason = (word or {}).get("bye") or "it closed the connection"
-        raise InputError(f"process 0 at {host}:{port}: {reason}")
+        one.close()
+        reason = (word or {}).get("bye") or "closed the connection"
+        raise InputError(f"--coordinator: process 0 at {host}:{port}: {reason}")
     one.settimeout(None)
     _keep_alive(one)
     return [one]
