@@ -617,6 +617,7 @@ def draw(job: Job) -> bool:
                 update(done * steps, _note(block.stats))
                 if job.stop.at(job.stop.sampling_deadline):
                     break
+                del block, leaves  # as large as what the next block takes
         if job.stop.interrupted and done < total:
             return False
     job.store.commit(stage="results", stopped="time budget" if done < total else None)

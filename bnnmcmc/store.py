@@ -343,7 +343,9 @@ def append(path: Path, start: int, arrays: dict[str, np.ndarray], first: int = 0
         The checksum of these arrays, for the manifest.
     """
     # Zarr would leave out a chunk that holds only NaN, and so lose the bits of the NaN.
-    with disk_errors(path), zarr.config.set({"array.write_empty_chunks": True}):
+    # And one chunk after the other: several at once take memory that is never given back.
+    settings = {"array.write_empty_chunks": True, "async.concurrency": 1}
+    with disk_errors(path), zarr.config.set(settings):
         group = zarr.open_group(path, mode="r+")
         for name, values in arrays.items():
             stored: Any = group[name]

@@ -69,7 +69,8 @@ def main(
     folder
         Scratch space (the memory benchmark writes 5 GB); a temporary folder if not given.
     """
-    console = Console(highlight=False, soft_wrap=True)
+    # In a log there is room for a whole row of a table.
+    console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 180)
     chosen = names or list(BENCHMARKS)
     unknown = [name for name in chosen if name not in BENCHMARKS]
     if unknown or repeats < 1:
@@ -94,8 +95,14 @@ def _run(name: str, settings: Settings, result: dict, out: Path, console: Consol
     if importlib.util.find_spec(f"{PACKAGE}.{name}") is None:
         console.print("not there in this version")
         return True
+    arguments: tuple = (settings,)
+    if name == "nuts_lockstep":  # which is a script of its own, too, and takes the table
+        if settings.data is None or settings.quick:
+            console.print("not measured: needs --data, and has no quick sizes")
+            return True
+        arguments = (settings.data / "airfoil.data",)
     try:
-        found = in_fresh_process(f"{PACKAGE}.{name}", "measure", settings, jax=name in COMPUTING)
+        found = in_fresh_process(f"{PACKAGE}.{name}", "measure", *arguments, jax=name in COMPUTING)
         result[name] = {"about": BENCHMARKS[name], **found}
     except Exception as error:  # one benchmark that fails shall not cost the others' figures
         traceback.print_exc()
@@ -108,7 +115,8 @@ def _run(name: str, settings: Settings, result: dict, out: Path, console: Consol
 
 def show(name: str, found: dict[str, Any], console: Console) -> None:
     """Print a benchmark's rows as a table, and what else it says below."""
-    rows = found.get("rows", [])
+    parts = {key: value for key, value in found.items() if isinstance(value, dict)}
+    rows = found.get("rows") or [{"what": key, **value} for key, value in parts.items()]
     table = Table()
     columns = list(dict.fromkeys(column for row in rows for column in row))
     for column in columns:
