@@ -149,11 +149,8 @@ def choose(
             row_chunk = int(np.clip(_power_below(fitting), MIN_CHUNK, max(MIN_CHUNK, most_rows)))
     row_chunk = min(row_chunk, rows)
     at_work = per_row * row_chunk
-    if cpu:
-        batch = min(MAX_GROUP, int(GROUP_SHARE * fast.near / at_work))
-    else:
-        batch = int(whole / at_work)
-    batch = int(np.clip(batch, 1, per_device))
+    grouped = min(MAX_GROUP, GROUP_SHARE * fast.near / at_work)
+    batch = int(np.clip(grouped if cpu else whole / at_work, 1, per_device))
     if mode is None:
         mode = "map" if cpu or batch < per_device else "vmap"
     if mode == "vmap":

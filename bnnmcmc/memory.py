@@ -29,7 +29,7 @@ from bnnmcmc.results import (
 )
 from bnnmcmc.run import ARVIZ_BYTES, MAX_FUNCTION_ROWS
 from bnnmcmc.samplers.kernel import Kernel
-from bnnmcmc.sampling import MAX_BLOCK_BYTES
+from bnnmcmc.sampling import Program, build_program
 
 # What Python, JAX, its compiler and the compiled programs take before any data.
 BASE_BYTES = 550 * 2**20
@@ -38,7 +38,7 @@ RESULT_BYTES = 250 * 2**20
 # A state lies on the devices, in the loop that changes it, gathered on the host, and twice in the
 # file that is being written.
 STATE_COPIES = 5
-# A block of draws: on the devices, in the loop, gathered, cut to length, split by leaf, checksummed.
+# A block of draws: on the devices, in the loop, gathered, cut to length, split by leaf, written.
 BLOCK_COPIES = 6
 # Statistics of a draw, in numbers.
 STATISTICS = 8
@@ -107,12 +107,19 @@ def memory_need(
     training_work = WORKSPACE * activations(max(batch, held_out))
     sampling_work = WORKSPACE * activations(min(sampled, posterior.row_chunk or sampled))
     member = 2 * _bytes(position) + _bytes(jax.eval_shape(optimiser.init, position))
-    state = _state_bytes(posterior, kernel, config.sampler.warmup, of)
+    program = build_program(
+        lambda position: -sum((leaf**2).sum() for leaf in jax.tree.leaves(position)),
+        kernel,
+        of,
+        placement,
+        warmup=config.sampler.warmup,
+        draws=draws,
+        thin=config.sampler.thin,
+    )
     members, history = chains * member, 2 * item * chains * ensemble.max_epochs
     epochs = 2 * item * chains * min(MAX_BLOCK_EPOCHS, ensemble.max_epochs)
-    states = chains * state
-    row = chains * (of.size * item + 64)
-    block = max(row, min(MAX_BLOCK_BYTES, draws * row))
+    states = _state_bytes(program)
+    block = program.capacity * chains * (of.size * item + 64)
     together = _at_work(placement)
     trained_together = _at_work(placement.for_training)
     host_table = 4 * (dataset.x.nbytes + dataset.y.nbytes)
@@ -171,18 +178,15 @@ def _activations(posterior: Posterior, dataset: Dataset) -> Callable[[int], floa
     return lambda rows: small + max(0, rows - 1024) * (large - small) / 1024
 
 
-def _state_bytes(posterior: Posterior, kernel: Kernel, warmup: int, of: trees.Layout) -> int:
-    """Return the bytes of one chain's state and adaptation."""
-    dtype = jnp.result_type(float)
-    flat = jax.ShapeDtypeStruct((of.size,), dtype)
-    rules = kernel.warmup(warmup)
-
-    def carry(flat):
-        # Any density will do: the state's size depends on the position alone.
-        state = kernel.init(jax.random.key(0), flat, lambda flat: -0.5 * (flat**2).sum())
-        return state, rules.init(flat)
-
-    return _bytes(jax.eval_shape(carry, flat))
+def _state_bytes(program: Program) -> int:
+    """Return the bytes of what all chains carry on, in warm-up or sampling."""
+    chains = program.placement.padded
+    positions = jax.ShapeDtypeStruct((chains, program.layout.size), jnp.result_type(float))
+    index = jax.ShapeDtypeStruct((chains,), jnp.int32)
+    warming = program.start.eval_shape((index, positions), jax.random.key(0), ())
+    sampling = program.finish.eval_shape(warming)
+    flight = program.depart.eval_shape(warming[1:3]) if program.runs_ahead else ()
+    return max(_bytes(warming), _bytes(sampling)) + _bytes(flight)
 
 
 def _bytes(tree: Any) -> int:

@@ -30,6 +30,7 @@ MAY_IMPORT = {
     "likelihoods": {"trees"},
     "posterior": {"models", "priors", "likelihoods", "trees"},
     "placement": {"trees"},
+    "calibration": {"placement", "posterior", "trees"},
     "ensemble": {"keys", "trees", "placement"},
     "samplers": {"samplers", "keys", "trees"},
     "records": {"samplers", "placement"},
@@ -45,7 +46,16 @@ MAY_IMPORT = {
 ONLY_IN = {
     "blackjax": {"samplers"},
     "arviz": {"diagnostics", "report"},
-    "bnnmcmc.config": {"inputs", "build", "preflight", "pipeline", "run", "sweep", "cli"},
+    "bnnmcmc.config": {
+        "inputs",
+        "build",
+        "memory",
+        "preflight",
+        "pipeline",
+        "run",
+        "sweep",
+        "cli",
+    },
     "bnnmcmc.pipeline": {"cli"},
     "bnnmcmc.cli": {"__main__"},
 }
