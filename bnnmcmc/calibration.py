@@ -67,6 +67,7 @@ CLEAR_GAIN, WORTH_MEASURING = 1.2, 20.0
 # Cost of a gradient on one core, for that estimate alone: a start, and bytes per second.
 GRADIENT_SECONDS, BYTES_PER_SECOND = 5e-6, 8e9
 MEASURING_SECONDS = 0.2
+CPU_CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 
 
 class Fast(NamedTuple):
@@ -181,7 +182,7 @@ def caches(cores: int) -> Fast:
     is assumed, and none of the third level, where the operating system does not say (Linux does).
     """
     sizes: dict[int, tuple[int, int]] = {}
-    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*"):
+    for path in CPU_CACHES.glob("index*"):
         try:
             if (path / "type").read_text().strip() == "Instruction":
                 continue

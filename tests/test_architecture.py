@@ -38,7 +38,8 @@ MAY_IMPORT = {
     "store": {"trees", "processes"},
     "symmetry": {"trees"},
     "predictive": {"likelihoods", "trees", "placement", "keys"},
-    "diagnostics": {"store", "metrics", "symmetry", "health", "trees"},
+    "convergence": set(),
+    "diagnostics": {"convergence", "store", "metrics", "symmetry", "health", "trees"},
     "report": {"report", "diagnostics", "metrics", "health", "store"},
 }
 
@@ -65,6 +66,7 @@ WITHOUT_JAX = {
     "__init__",
     "cli",
     "config",
+    "convergence",
     "data",
     "errors",
     "health",
