@@ -10,18 +10,22 @@ import jax
 import numpy as np
 import optax
 
-from bnnmcmc import likelihoods, priors
+from bnnmcmc import likelihoods, priors, trees
+from bnnmcmc.calibration import calibrate, choose
 from bnnmcmc.config import Config, LeafPriorConfig
 from bnnmcmc.data import Dataset, Encoding
 from bnnmcmc.ensemble import make_optimiser
 from bnnmcmc.errors import InputError
 from bnnmcmc.models.mlp import mlp
 from bnnmcmc.models.network import Network
-from bnnmcmc.placement import Placement, place
-from bnnmcmc.posterior import Posterior
+from bnnmcmc.placement import Placement
+from bnnmcmc.posterior import Posterior, activation_bytes
 from bnnmcmc.processes import Group, share_of
 from bnnmcmc.samplers.kernel import Kernel
 from bnnmcmc.samplers.table import KERNELS
+
+# Of a chain on a device: position, gradient, momentum, moments, metric, and their next values.
+CHAIN_VECTORS = 16
 
 
 def make_likelihood(config: Config, encoding: Encoding) -> likelihoods.Likelihood:
@@ -149,8 +153,16 @@ def make_ensemble_optimiser(config: Config) -> optax.GradientTransformation:
     )
 
 
-def make_placement(config: Config, group: Group | None = None) -> Placement:
-    """Place the chains of this process as [run] says."""
+def make_placement(
+    config: Config, posterior: Posterior, dataset: Dataset, group: Group | None = None
+) -> Placement:
+    """Place the chains of this process as [run] says, and choose what it leaves open.
+
+    Raises
+    ------
+    InputError
+        More devices than there are, or too few chains for the processes.
+    """
     group = group or Group()
     members = config.ensemble.members
     first, chains = share_of(members, group.index, group.count)
@@ -161,8 +173,21 @@ def make_placement(config: Config, group: Group | None = None) -> Placement:
         raise InputError(
             f"run.devices: found {wanted}, but there are {len(devices)}; give 0 for all"
         )
-    mode = None if config.run.mode == "auto" else config.run.mode
-    placed = place(room, devices[:wanted], mode, config.run.group)
+    run, sampler = config.run, config.sampler
+    x, y = posterior.arrays(*sampling_rows(config, dataset))
+    size = trees.layout(jax.eval_shape(posterior.init, jax.random.key(0))).size
+    placed = choose(
+        room,
+        len(x),
+        activation_bytes(posterior, x, y),
+        chain_bytes=CHAIN_VECTORS * size * x.dtype.itemsize,
+        devices=devices[:wanted],
+        mode=None if run.mode == "auto" else run.mode,
+        group=run.group or None,
+        row_chunk=run.row_chunk or None,
+    )
+    if not (run.group or run.row_chunk or run.mode == "vmap"):
+        placed = calibrate(posterior, x, y, placed, sampler.warmup + sampler.draws * sampler.thin)
     return replace(placed, chains=chains, first=first, room=room)
 
 

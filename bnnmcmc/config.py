@@ -278,7 +278,14 @@ class RunConfig(Section):
     mode: Literal["auto", "map", "vmap"] = Field(
         default="auto", description="chains one after the other (CPU) or side by side (GPU)"
     )
-    group: int = Field(default=1, ge=1, description="in mode map: chains that advance together")
+    group: int = Field(
+        default=0, ge=0, description="in mode map: chains that advance together; 0 to choose"
+    )
+    row_chunk: int = Field(
+        default=0,
+        ge=0,
+        description="rows that go through the network at a time; 0 to choose",
+    )
     block_draws: int = Field(
         default=0, ge=0, description="most draws between two saves; 0 for about a second's worth"
     )
@@ -291,7 +298,7 @@ class RunConfig(Section):
     @field_validator("group")
     @classmethod
     def _group_fits(cls, value, info):
-        if value > 1 and info.data.get("mode") != "map":
+        if value and info.data.get("mode") != "map":
             raise ValueError('has a meaning only with mode = "map"; add that, or remove it')
         return value
 
@@ -486,6 +493,12 @@ def read_config(path: str | Path, settings: Sequence[str] = ()) -> Config:
         All mistakes at once.
     """
     return parse(set_keys(read_tables(path), settings), str(path))
+
+
+def with_placement(config: Config, mode: Literal["map", "vmap"], group: int, row_chunk: int):
+    """Return the config with the placement as it was chosen, so that it is not chosen anew."""
+    chosen = {"mode": mode, "group": group if mode == "map" else 0, "row_chunk": row_chunk}
+    return config.model_copy(update={"run": config.run.model_copy(update=chosen)})
 
 
 def to_toml(config: Config) -> str:

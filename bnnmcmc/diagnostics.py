@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from bnnmcmc.convergence import bulk_ess, rank_rhat, tail_ess
 from bnnmcmc.errors import InputError
 from bnnmcmc.store import disk_errors, write_atomic
 
@@ -30,15 +31,15 @@ if TYPE_CHECKING:
 
 # Above this, a chain (or the set of chains) has not settled: the limit of Sommer et al. (2024).
 RHAT_LIMIT = 1.1
-# ArviZ halves every sequence once more; a variance needs two values.
+# R-hat halves every sequence once more; a variance needs two values.
 MIN_RHAT_DRAWS = 4
-# With fewer draws ArviZ's estimate cannot use a single lag: it returns n log10(n) for any data.
+# With fewer draws the estimate cannot use a single lag: it is n log10(n) for any data.
 MIN_ESS_DRAWS = 10
-# ArviZ works through one sequence after the other, about 1 ms each: enough for a few seconds.
+# For some seconds of work at the most.
 MAX_COORDINATES = 200
 MAX_SEQUENCES = 2000
 MIN_COORDINATES = 20
-# About so many bytes of draws go through ArviZ at a time.
+# About so many bytes of draws are worked on at a time.
 CHUNK_BYTES = 4 * 2**20
 TAILS = (0.05, 0.95)
 
@@ -255,7 +256,7 @@ def chainwise_rhat(values: np.ndarray, parts: int = 4) -> np.ndarray:
 
     Each chain is cut into ``parts`` equal parts (what is left over is dropped at the start), and
     R-hat is taken over them as if they were chains. A chain that still drifts has parts in
-    different places; whether other chains sit elsewhere does not matter. R-hat is ArviZ's
+    different places; whether other chains sit elsewhere does not matter. R-hat is the
     rank-normalised one, the larger of location and scale (folded), which halves every part once
     more:
 
@@ -290,9 +291,13 @@ def chainwise_rhat(values: np.ndarray, parts: int = 4) -> np.ndarray:
     chains, draws, n = np.shape(values)
     length = draws // parts
     kept = np.asarray(values)[:, draws - parts * length :]
-    # Chain by chain: the axes' new order costs a copy.
-    split = (np.swapaxes(chain, 0, 1).reshape(n, parts, length) for chain in kept)
-    return np.array([_rhat(chain) for chain in split]).reshape(chains, n)
+    # A few chains at a time: the axes' new order costs a copy.
+    few = max(1, CHUNK_BYTES * chains // max(1, kept.nbytes))
+    found = [
+        _rhat(np.swapaxes(some, 1, 2).reshape(len(some), n, parts, length))
+        for some in (kept[low : low + few] for low in range(0, chains, few))
+    ]
+    return np.concatenate(found) if found else np.empty((0, n))
 
 
 def ess(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -305,7 +310,7 @@ def ess(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     Returns
     -------
     bulk, tail : numpy arrays (chain, n)
-        ArviZ's rank-normalised bulk ESS, and the smaller ESS of the 5 % and 95 % quantiles. NaN
+        Rank-normalised bulk ESS, and the smaller ESS of the 5 % and 95 % quantiles. NaN
         with fewer than 10 draws, for a coordinate that never changes within the chain (the tail:
         for 95 % of the draws), and where a draw is not finite.
 
@@ -314,8 +319,8 @@ def ess(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     Vehtari et al. (2021), 1903.08008.
     """
     sequences = np.moveaxis(np.asarray(values), 1, 2)[:, :, None]
-    tail = _over_sequences("ess", sequences, MIN_ESS_DRAWS, method="tail", prob=TAILS)
-    # If even the lower quantile is the maximum, the indicator is constant, and ArviZ counts
+    tail = _over_sequences(tail_ess, sequences, MIN_ESS_DRAWS, TAILS)
+    # If even the lower quantile is the maximum, the indicator is constant, and the ESS counts
     # every draw as independent.
     with np.errstate(invalid="ignore"):
         low = np.quantile(sequences, TAILS[0], axis=(-2, -1))
@@ -325,25 +330,27 @@ def ess(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def _rhat(sequences: np.ndarray) -> np.ndarray:
     """Return R-hat (...) over sequences (..., sequence, draw)."""
-    return _over_sequences("rhat", sequences, MIN_RHAT_DRAWS, method="rank")
+    if sequences.shape[-2] < 2:
+        return np.full(sequences.shape[:-2], np.nan)
+    return _over_sequences(rank_rhat, sequences, MIN_RHAT_DRAWS)
 
 
 def _bulk_ess(values: np.ndarray) -> np.ndarray:
     """Return the bulk ESS (chain, n) of values (chain, draw, n)."""
     sequences = np.moveaxis(np.asarray(values), 1, 2)[:, :, None]
-    return _over_sequences("ess", sequences, MIN_ESS_DRAWS, method="bulk")
+    return _over_sequences(bulk_ess, sequences, MIN_ESS_DRAWS)
 
 
-def _over_sequences(statistic: str, sequences: np.ndarray, least: int, **options) -> np.ndarray:
-    """Apply an ArviZ function where it has a meaning, NaN elsewhere: (..., k, draw) -> (...)."""
-    from arviz_stats.base import array_stats
-
-    # A few at a time: ArviZ makes several copies, and works through them one by one anyway.
+def _over_sequences(
+    statistic: Callable[..., np.ndarray], sequences: np.ndarray, least: int, *options: Any
+) -> np.ndarray:
+    """Apply a statistic where it has a meaning, NaN elsewhere: (..., k, draw) -> (...)."""
+    # A few at a time: each takes several copies.
     few = max(1, CHUNK_BYTES * len(sequences) // max(1, sequences.nbytes))
     if sequences.ndim > 2 and len(sequences) > few:
         return np.concatenate(
             [
-                _over_sequences(statistic, sequences[low : low + few], least, **options)
+                _over_sequences(statistic, sequences[low : low + few], least, *options)
                 for low in range(0, len(sequences), few)
             ]
         )
@@ -352,10 +359,10 @@ def _over_sequences(statistic: str, sequences: np.ndarray, least: int, **options
     if sequences.shape[-1] < least:
         return result
     low, high = sequences.min(axis=(-2, -1)), sequences.max(axis=(-2, -1))
-    # For equal draws ArviZ divides rounding errors (R-hat) or counts every draw (ESS).
+    # Of equal draws, the statistics divide rounding errors (R-hat) or count every draw (ESS).
     usable = np.isfinite(low) & np.isfinite(high) & (low < high)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        result[usable] = getattr(array_stats, statistic)(sequences[usable], **options)
+    if usable.any():
+        result[usable] = statistic(sequences[usable], *options)
     return result
 
 

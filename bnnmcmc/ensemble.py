@@ -222,7 +222,7 @@ def build_training(
     update = optax.with_extra_args_support(optimiser).update
 
     def loss(position, x, y):
-        return -posterior.pointwise_log_likelihood(position, x, y).mean()
+        return -posterior.log_likelihood(position, x, y) / x.shape[0]
 
     def start_member(index, key):
         traces["start"] += 1

@@ -27,7 +27,7 @@ from rich.console import Console
 
 from bnnmcmc import build, diagnostics, preflight, progress, store, trees
 from bnnmcmc.ahead import FUNCTIONS, Ahead
-from bnnmcmc.config import Config, to_toml
+from bnnmcmc.config import Config, to_toml, with_placement
 from bnnmcmc.data import Dataset, fingerprint, save_dataset
 from bnnmcmc.ensemble import build_training, finish_ensemble, run_epochs, start_members
 from bnnmcmc.errors import InputError
@@ -161,6 +161,9 @@ def start_run(
     of = position_layout(posterior)
     preflight.check_disk(folder, of, config.ensemble.members, config.sampler.draws)
     train, val, test = (len(p) for p in (dataset.train, dataset.validation, dataset.test))
+    # With the placement as it was chosen: a resumed or repeated run shall not choose anew.
+    rows = len(build.sampling_rows(config, dataset)[0])
+    config = with_placement(config, placement.mode, placement.group, placement.row_chunk or rows)
     text = to_toml(config).encode()
     manifest = {
         "bnnmcmc": importlib.metadata.version("bnnmcmc"),
@@ -184,6 +187,7 @@ def start_run(
         },
         "task": config.task,
         **_devices(placement),
+        "placement_chosen": placement.reason,
         "chains": config.ensemble.members,
         "parameters": of.size,
         "leaves": dict(zip(of.names, map(list, of.shapes), strict=True)),
@@ -412,20 +416,20 @@ def _finish(job: Job) -> None:
 def train_ensemble(job: Job) -> bool:
     """Train all members; return False if interrupted."""
     config, dataset = job.config.ensemble, job.dataset
-    dtype = jnp.result_type(float)
+    dtype, placement = jnp.result_type(float), job.placement.for_training
     held_out = dataset.validation if len(dataset.validation) else dataset.train
     rows = [job.posterior.arrays(dataset.x[p], dataset.y[p]) for p in (dataset.train, held_out)]
     training = build_training(
         job.posterior,
         build.make_ensemble_optimiser(job.config),
-        job.placement,
+        placement,
         rows=len(dataset.train),
         validation_rows=len(dataset.validation),
         batch_size=config.batch_size or None,
         max_epochs=config.max_epochs,
         patience=config.patience,
     )
-    data = replicate((*rows[0], *rows[1]), job.placement)
+    data = replicate((*rows[0], *rows[1]), placement)
     _sampler(job, _sampling_data(job))  # compiles while members train
     entry = job.manifest["checkpoint"]
     if entry is None:
@@ -435,11 +439,11 @@ def train_ensemble(job: Job) -> bool:
         template = {
             "history": jax.ShapeDtypeStruct((0, entry["position"], 2), dtype),
             "members": training.start.eval_shape(
-                indices(job.placement), stage_key(job.seed, "ensemble-init")
+                indices(placement), stage_key(job.seed, "ensemble-init")
             ),
         }
         restored = _own(job, job.store.restore(template))
-        members, done = spread(restored["members"], job.placement), entry["position"]
+        members, done = spread(restored["members"], placement), entry["position"]
         history = restored["history"]
     stop_at = job.stop.share(TRAINING_SHARE)
     stopped = _count(job, members[1].stopped)
@@ -453,9 +457,9 @@ def train_ensemble(job: Job) -> bool:
             members, done = block.members, block.start + block.count
             history = np.concatenate([history, block.history], axis=1)
             stopped = _count(job, members[1].stopped)
-            loss = np.min(gather(members[1].best_loss, job.placement))
+            loss = np.min(gather(members[1].best_loss, placement))
             update(done, f"best loss {loss:.3f}, {stopped} of {config.members} stopped")
-            tree = {"history": history, "members": gather(members, job.placement)}
+            tree = {"history": history, "members": gather(members, placement)}
             _commit(job, checkpoint=job.store.checkpoint("ensemble", done, tree))
             if job.stop.at(stop_at):
                 break
@@ -463,7 +467,7 @@ def train_ensemble(job: Job) -> bool:
         if job.stop.interrupted and not complete:
             return False
         update(done, f"{done} epochs, {stopped} members stopped early", finished=True)
-    tree = {"history": history, "members": gather(members, job.placement)}
+    tree = {"history": history, "members": gather(members, placement)}
     if not job.group.lead:
         return True
     if job.group.count > 1:

@@ -1,5 +1,6 @@
 """The log-density of a Bayesian neural network."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,11 +30,19 @@ class Posterior:
     likelihood : Likelihood
     prior : Prior
         Over the network's parameters.
+    row_chunk : int, optional
+        The log-likelihood goes through so many rows at a time, all at once if not given: the
+        memory of a gradient is then one chunk's. Value and gradient are the same to rounding.
     """
 
     network: Network
     likelihood: Likelihood
     prior: Prior
+    row_chunk: int | None = None
+
+    def __post_init__(self):
+        if self.row_chunk is not None and self.row_chunk < 1:
+            raise InputError(f"row_chunk: found {self.row_chunk}, expected at least 1, or None")
 
     def arrays(self, x, y) -> tuple[jax.Array, jax.Array]:
         """Return rows as this model computes with them: in JAX's precision, classes as integers.
@@ -79,11 +88,103 @@ class Posterior:
 
     def log_likelihood(self, position: Any, x: jax.Array, y: jax.Array) -> jax.Array:
         """Return the log-likelihood summed over rows (scalar)."""
-        return self.pointwise_log_likelihood(position, x, y).sum()
+
+        def of_rows(position, x, y):
+            return self.pointwise_log_likelihood(position, x, y).sum()
+
+        if self.row_chunk is None or x.shape[0] <= self.row_chunk:
+            return of_rows(position, x, y)
+        return sum_over_rows(of_rows, self.row_chunk)(position, x, y)
 
     def log_density(self, position: Any, x: jax.Array, y: jax.Array) -> jax.Array:
         """Return the unnormalised log posterior density (scalar)."""
         return self.log_prior(position) + self.log_likelihood(position, x, y)
+
+
+def sum_over_rows(of_rows: Callable[..., jax.Array], chunk: int) -> Callable[..., jax.Array]:
+    r"""Take a sum over rows a chunk at a time, and its gradient with it.
+
+    .. math:: f(\theta, x, y) = \sum_k f(\theta, x_k, y_k), \quad
+              \nabla_\theta f = \sum_k \nabla_\theta f(\theta, x_k, y_k)
+
+    with :math:`x_k` the k-th chunk of rows; the last one holds what is left. A chunk's gradient
+    is taken as soon as its value is, so its activations are gone before the next chunk's are made,
+    and nothing is computed twice.
+
+    Parameters
+    ----------
+    of_rows : callable
+        ``of_rows(position, x, y) -> scalar``, a sum over the rows of ``x`` and ``y``.
+    chunk : int
+        Rows in a chunk, at most as many as there are.
+
+    Returns
+    -------
+    callable
+        ``f(position, x, y)``; reverse-mode differentiable in the position (and a gradient once
+        more in either mode), constant in ``x`` and ``y``.
+    """
+
+    def over_chunks(function, position, x, y):
+        whole = x.shape[0] // chunk
+        rest = (x[whole * chunk :], y[whole * chunk :])
+        chunks = [a[: whole * chunk].reshape(whole, chunk, *a.shape[1:]) for a in (x, y)]
+        shapes = jax.eval_shape(function, position, *(a[0] for a in chunks))
+        start = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+        if len(rest[0]):
+            start = function(position, *rest)
+
+        def add(total, rows):
+            return jax.tree.map(jnp.add, total, function(position, *rows)), None
+
+        return jax.lax.scan(add, start, tuple(chunks))[0]
+
+    @jax.custom_vjp
+    def total(position, x, y):
+        return over_chunks(of_rows, position, x, y)
+
+    def forward(position, x, y):
+        return over_chunks(jax.value_and_grad(of_rows), position, x, y)
+
+    def backward(gradient, cotangent):
+        return jax.tree.map(lambda leaf: cotangent * leaf, gradient), None, None
+
+    total.defvjp(forward, backward)
+    return total
+
+
+def activation_bytes(posterior: Posterior, x, y) -> int:
+    """Return what a gradient of the log-likelihood keeps from its forward pass, in bytes.
+
+    The residuals of reverse-mode differentiation, for all rows at once and one chain, whatever the
+    network; nothing is computed. Data, and what the position itself holds, are left out.
+
+    Parameters
+    ----------
+    posterior : Posterior
+    x, y : arrays, or shapes with types
+        The rows that will be sampled on.
+    """
+
+    def residuals(position, x, y):
+        def value(position):
+            return posterior.pointwise_log_likelihood(position, x, y).sum()
+
+        return jax.vjp(value, position)[1]
+
+    position = jax.eval_shape(posterior.init, jax.random.key(0))
+
+    def kept(rows: int) -> list[Any]:
+        some = [jax.ShapeDtypeStruct((rows, *a.shape[1:]), a.dtype) for a in (x, y)]
+        return jax.tree.leaves(jax.eval_shape(residuals, position, *some))
+
+    rows = x.shape[0]
+    table = {(rows, *x.shape[1:]), (*x.shape[1:], rows)}
+    return sum(
+        leaf.size * leaf.dtype.itemsize
+        for leaf, longer in zip(kept(rows), kept(2 * rows), strict=True)
+        if leaf.shape != longer.shape and leaf.shape not in table
+    )
 
 
 def check_outputs(posterior: Posterior, x, y) -> None:

@@ -7,6 +7,7 @@ import importlib.metadata
 import platform
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,19 +18,18 @@ from rich.console import Console
 from rich.markup import escape
 
 from bnnmcmc import build, trees
+from bnnmcmc.calibration import gradient_walk
 from bnnmcmc.config import Config
 from bnnmcmc.data import Dataset
 from bnnmcmc.ensemble import build_training, run_epochs, start_members
 from bnnmcmc.errors import InputError
 from bnnmcmc.keys import stage_key
-from bnnmcmc.placement import Placement, over_chains, replicate, spread
+from bnnmcmc.memory import Need, available_memory, check_memory, memory_need
+from bnnmcmc.placement import Placement, replicate, spread
 from bnnmcmc.posterior import Posterior, check_finite
-from bnnmcmc.predictive import BATCH
 from bnnmcmc.processes import Group
 from bnnmcmc.progress import duration
 from bnnmcmc.run import position_layout
-from bnnmcmc.samplers.mclmc import MAX_TUNING_COORDINATES, MAX_TUNING_DRAWS
-from bnnmcmc.sampling import MAX_BLOCK_BYTES
 
 # Packages that decide what a draw's bits are, and others worth knowing.
 PINNED = ("bnnmcmc", "jax", "jaxlib", "blackjax", "numpyro", "optax")
@@ -37,8 +37,6 @@ NOTED = ("numpy", "scipy", "scikit-learn", "arviz", "zarr", "pandas")
 # What a start that was cut off before its first commit may leave behind.
 SETUP_FILES = {"config.toml", "data.npz", "scaling.json", ".lock"}
 CHECKED_STARTS = 64
-# What Python, JAX and the compiled programs take before any data.
-BASE_BYTES = 600 * 2**20
 # A tree of NUTS in a BNN is between these depths, as a rule.
 NUTS_DEPTHS = (6, 9)
 
@@ -51,18 +49,33 @@ def check_model(
     Raises
     ------
     InputError
-        A part cannot be built, shapes do not fit, or the density is not finite at the start.
+        A part cannot be built, shapes do not fit, the memory does not suffice, or the density is
+        not finite at the start.
     """
     posterior = build.make_posterior(config, dataset.encoding)
     build.make_kernel(config)
     build.make_ensemble_optimiser(config)
-    placement = build.make_placement(config, group)
+    placement = build.make_placement(config, posterior, dataset, group)
+    posterior = replace(posterior, row_chunk=placement.row_chunk)
+    check_memory(need(config, dataset, posterior, placement), placement)
     x, y = posterior.arrays(*build.sampling_rows(config, dataset))
     key = stage_key(config.run.seed, "ensemble-init")
     count = min(config.ensemble.members, CHECKED_STARTS)
     starts = jax.jit(jax.vmap(lambda i: posterior.init(jax.random.fold_in(key, i))))
     check_finite(posterior, starts(jnp.arange(count)), x, y, label="member")
     return posterior, placement
+
+
+def need(config: Config, dataset: Dataset, posterior: Posterior, placement: Placement) -> Need:
+    """Return what the run that a config describes needs in memory."""
+    return memory_need(
+        config,
+        dataset,
+        posterior,
+        placement,
+        build.make_kernel(config),
+        build.make_ensemble_optimiser(config),
+    )
 
 
 def check_free(folder: Path) -> None:
@@ -127,8 +140,10 @@ class Estimate(NamedTuple):
     ----------
     parameters : int
         Of one network and its likelihood.
-    memory, disk : float
-        Bytes of main (or device) memory at most, and bytes of draws on disk.
+    memory : Need
+        At most, by stage.
+    disk : float
+        Bytes of draws.
     epoch_seconds : float
         One epoch of all members.
     max_epochs : int
@@ -140,7 +155,7 @@ class Estimate(NamedTuple):
     """
 
     parameters: int
-    memory: float
+    memory: Need
     disk: float
     epoch_seconds: float
     max_epochs: int
@@ -180,27 +195,13 @@ def estimate(
             gradients = (steps * (2 ** depths[0] - 1), steps * (2 ** depths[1] - 1))
     return Estimate(
         of.size,
-        _memory(config, dataset, of),
+        need(config, dataset, posterior, placement),
         draw_bytes(of, config.ensemble.members, sampler.draws),
         epoch,
         config.ensemble.max_epochs,
         gradient,
         (gradients[0] * gradient, gradients[1] * gradient),
     )
-
-
-def _memory(config: Config, dataset: Dataset, of: trees.Layout) -> float:
-    item = 8 if config.run.precision == "float64" else 4
-    chains, rows = config.ensemble.members, len(dataset.x)
-    data = 3 * dataset.x.nbytes
-    training = 8 * chains * of.size * item
-    tuning = min(MAX_TUNING_DRAWS, config.sampler.warmup // 10) * min(
-        of.size, MAX_TUNING_COORDINATES
-    )
-    block = min(MAX_BLOCK_BYTES, chains * config.sampler.draws * of.size * item)
-    sampling = chains * item * (tuning + 8 * of.size) + 3 * block
-    prediction = 4 * BATCH * len(dataset.test) * item + 12 * 10_000 * len(dataset.test)
-    return BASE_BYTES + data + max(training, sampling, prediction) + 40 * rows
 
 
 def _epoch_seconds(config, dataset: Dataset, posterior, placement: Placement) -> float:
@@ -224,28 +225,30 @@ def _epoch_seconds(config, dataset: Dataset, posterior, placement: Placement) ->
     return float(np.min(seconds[1:] or seconds))
 
 
-def _gradient_seconds(config, dataset, posterior, placement, of: trees.Layout) -> float:
+def _gradient_seconds(config, dataset, posterior, placement, of) -> float:
     rows = build.sampling_rows(config, dataset)
     data = replicate(posterior.arrays(*rows), placement)
-
-    def walk(flat, count, x, y):
-        unravel = trees.unraveler(trees.unflatten(jnp.zeros((of.size,)), of))
-        gradient = jax.grad(lambda flat: posterior.log_density(unravel(flat), x, y))
-        # Each gradient feeds the next, so that none can be left out.
-        return jax.lax.fori_loop(0, count, lambda i, flat: flat + 1e-9 * gradient(flat), flat)
-
-    compiled = over_chains(walk, placement)
+    compiled = gradient_walk(posterior, of, placement)
     key = stage_key(config.run.seed, "ensemble-init")
     starts = jax.jit(jax.vmap(lambda i: posterior.init(jax.random.fold_in(key, i))))
     flat = spread(trees.flatten_stacked(starts(jnp.arange(placement.chains))), placement)
     jax.block_until_ready(compiled(flat, np.int32(1), *data))
-    count, seconds = 4, 0.0
+    count, seconds = 1, 0.0
     while seconds < 0.3 and count < 10_000:
         count *= 4
         begun = time.monotonic()
         jax.block_until_ready(compiled(flat, np.int32(count), *data))
         seconds = time.monotonic() - begun
     return seconds / count
+
+
+def _say_memory(need: Need) -> str:
+    parts = ", ".join(f"{stage} {size / 1e9:.1f}" for stage, size in need.host.items())
+    text = f"at most about {need.worst / 1e9:.1f} GB ({parts})"
+    if need.device:
+        text += f", and {max(need.device.values()) / 1e9:.1f} GB on each device"
+    free = available_memory()
+    return text if free is None else f"{text}; {free / 1e9:.1f} GB are available"
 
 
 def print_estimate(
@@ -263,8 +266,8 @@ def print_estimate(
         f"{encoding.task} of {', '.join(t.name for t in encoding.targets)}{classes}",
         "split": f"{parts[0]} train, {parts[1]} validation, {parts[2]} test",
         "model": f"{cost.parameters} parameters; density and gradient are finite at the start",
-        "chains": placement.describe(),
-        "memory": f"at most about {cost.memory / 1e9:.1f} GB",
+        "chains": f"{placement.describe()} (chosen {placement.reason})",
+        "memory": _say_memory(cost.memory),
         "disk": f"{cost.disk / 1e6:.1f} MB of draws",
         "training": f"{duration(cost.epoch_seconds * cost.max_epochs)} at most "
         f"({cost.max_epochs} epochs of {1e3 * cost.epoch_seconds:.2g} ms; members stop early)",

@@ -1,7 +1,7 @@
 """A run: the draws of a posterior with all that is needed to use them."""
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,6 +11,7 @@ import numpy as np
 
 from bnnmcmc import health, metrics, store, trees
 from bnnmcmc.build import make_posterior, sampling_rows
+from bnnmcmc.calibration import choose
 from bnnmcmc.config import Config, read_config
 from bnnmcmc.data import (
     Dataset,
@@ -24,7 +25,7 @@ from bnnmcmc.data import (
     target_to_units,
 )
 from bnnmcmc.errors import InputError
-from bnnmcmc.posterior import Posterior
+from bnnmcmc.posterior import Posterior, activation_bytes
 from bnnmcmc.prediction import Prediction, in_target_units
 from bnnmcmc.predictive import Draws, Pooled, draws_in_memory, per_draw, pool, thinned
 from bnnmcmc.sampling import sample_density
@@ -360,7 +361,8 @@ def sample(
         and give target units, and ``score()`` has a test part.
     **options
         As in `sample_density`: kernel ("mclmc" if not given), warmup, draws, thin, seed,
-        placement, on_block.
+        placement (chosen by the sizes of the problem if not given, see `calibration.choose`),
+        on_block.
 
     Returns
     -------
@@ -374,7 +376,15 @@ def sample(
     """
     x, y = posterior.arrays(x, y)
     options.setdefault("kernel", "mclmc")
-    samples = sample_density(posterior.log_density, positions, data=(x, y), **options)
+    at_work = posterior
+    if options.get("placement") is None:
+        chains = len(jax.tree.leaves(positions)[0])
+        options["placement"] = choose(
+            chains, len(x), activation_bytes(posterior, x, y), row_chunk=posterior.row_chunk
+        )
+    if posterior.row_chunk is None:
+        at_work = replace(posterior, row_chunk=options["placement"].row_chunk)
+    samples = sample_density(at_work.log_density, positions, data=(x, y), **options)
     draws = draws_in_memory(samples.draws)
     status = chain_status(draws, samples.stats, options.get("thin", 1))
     return Run(

@@ -30,6 +30,7 @@ MAY_IMPORT = {
     "likelihoods": {"trees"},
     "posterior": {"models", "priors", "likelihoods", "trees"},
     "placement": {"trees"},
+    "calibration": {"placement", "posterior", "trees"},
     "ensemble": {"keys", "trees", "placement"},
     "samplers": {"samplers", "keys", "trees"},
     "records": {"samplers", "placement"},
@@ -37,7 +38,8 @@ MAY_IMPORT = {
     "store": {"trees", "processes"},
     "symmetry": {"trees"},
     "predictive": {"likelihoods", "trees", "placement", "keys"},
-    "diagnostics": {"store", "metrics", "symmetry", "health", "trees"},
+    "convergence": set(),
+    "diagnostics": {"convergence", "store", "metrics", "symmetry", "health", "trees"},
     "report": {"report", "diagnostics", "metrics", "health", "store"},
 }
 
@@ -45,7 +47,16 @@ MAY_IMPORT = {
 ONLY_IN = {
     "blackjax": {"samplers"},
     "arviz": {"diagnostics", "report"},
-    "bnnmcmc.config": {"inputs", "build", "preflight", "pipeline", "run", "sweep", "cli"},
+    "bnnmcmc.config": {
+        "inputs",
+        "build",
+        "memory",
+        "preflight",
+        "pipeline",
+        "run",
+        "sweep",
+        "cli",
+    },
     "bnnmcmc.pipeline": {"cli"},
     "bnnmcmc.cli": {"__main__"},
 }
@@ -55,6 +66,7 @@ WITHOUT_JAX = {
     "__init__",
     "cli",
     "config",
+    "convergence",
     "data",
     "errors",
     "health",

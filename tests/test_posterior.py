@@ -1,4 +1,5 @@
 import re
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from bnnmcmc.errors import InputError
 from bnnmcmc.likelihoods import categorical, gaussian
 from bnnmcmc.models.mlp import mlp
 from bnnmcmc.models.network import Network
-from bnnmcmc.posterior import Posterior, check_finite, check_outputs
+from bnnmcmc.posterior import Posterior, activation_bytes, check_finite, check_outputs
 from bnnmcmc.priors import Prior, normal
 
 RNG = np.random.default_rng(0)
@@ -165,3 +166,87 @@ def test_a_prior_likelihood_or_gradient_that_is_not_finite():
     posterior = make(prior=Prior(kinked, normal().sample))
     with pytest.raises(InputError, match="the gradient of the log-density is not finite"):
         check_finite(posterior, starts(posterior), X, Y)
+
+
+@pytest.mark.parametrize("precision", ["float32", "float64"])
+def test_rows_in_chunks_give_the_same_value_and_gradient(precision):
+    """Chunks that divide the 8 rows, that leave a rest, and that hold them all."""
+    with jax.enable_x64(precision == "float64"):
+        whole = make()
+        x, y = whole.arrays(X, Y)
+        position = starts(whole)
+
+        @jax.jit
+        def both(position):
+            def one(posterior):
+                return jax.vmap(lambda p: jax.value_and_grad(posterior.log_density)(p, x, y))(
+                    position
+                )
+
+            return [one(replace(whole, row_chunk=chunk)) for chunk in (None, 1, 3, 4, 100)]
+
+        expected, *found = both(position)
+        tolerance = 1e-5 if precision == "float32" else 1e-12
+        for value in found:
+            assert value[0].dtype == precision
+            for a, b in zip(jax.tree.leaves(value), jax.tree.leaves(expected), strict=True):
+                np.testing.assert_allclose(a, b, rtol=10 * tolerance, atol=tolerance)
+
+
+def test_rows_in_chunks_with_classes_and_curvature():
+    whole = Posterior(mlp(3, [4], 3), categorical(3), normal())
+    x, y = whole.arrays(X, np.arange(8) % 3)
+    position = starts(whole, 1)
+    direction = jax.tree.map(jnp.ones_like, position)
+
+    def curvature(posterior, position, direction):
+        gradient = jax.grad(lambda p: posterior.log_density(trees.first(p), x, y))
+        return jax.jvp(gradient, (position,), (direction,))[1]
+
+    found = jax.jit(lambda *at: [curvature(replace(whole, row_chunk=c), *at) for c in (None, 3)])
+    expected, chunked = found(position, direction)
+    for a, b in zip(jax.tree.leaves(chunked), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_a_nan_in_one_row_is_not_lost_in_a_chunk():
+    whole = make()
+    x, y = whole.arrays(X, Y)
+    density = jax.jit(jax.value_and_grad(replace(whole, row_chunk=3).log_density))
+    position = trees.first(starts(whole, 1))
+    for row in (0, 7):  # in a chunk, and in the rest
+        value, gradient = density(position, x.at[row, 0].set(jnp.nan), y)
+        assert jnp.isnan(value)
+        assert jnp.isnan(gradient["network"]["layer0"]["weight"]).any()
+
+
+def test_chunks_need_less_memory():
+    whole = Posterior(mlp(3, [32, 32], 2), gaussian(), normal())
+    x, y = whole.arrays(np.zeros((20_000, 3)), np.zeros((20_000, 1)))
+    position = jax.eval_shape(whole.init, jax.random.key(0))
+
+    def workspace(posterior):
+        compiled = jax.jit(jax.value_and_grad(posterior.log_density)).lower(position, x, y)
+        return compiled.compile().memory_analysis().temp_size_in_bytes
+
+    whole_bytes = workspace(whole)
+    assert workspace(replace(whole, row_chunk=500)) < 0.2 * whole_bytes
+    # What is predicted without compiling is what the compiler takes, and not much more.
+    assert 0.5 * whole_bytes < activation_bytes(whole, x, y) < 2 * whole_bytes
+
+
+def test_activations_grow_with_rows_and_widths_alone():
+    rows = [activation_bytes(make(), jnp.zeros((n, 3)), jnp.zeros((n, 2))) for n in (64, 128, 1024)]
+    assert rows[0] * 2 == rows[1]
+    assert rows[0] * 16 == rows[2]
+    wide = Posterior(mlp(3, [400], 2), gaussian(), normal())
+    narrow = Posterior(mlp(3, [4], 2), gaussian(), normal())
+    many, few = (
+        activation_bytes(p, jnp.zeros((64, 3)), jnp.zeros((64, 1))) for p in (wide, narrow)
+    )
+    assert 20 < many / few < 100
+
+
+def test_a_chunk_without_rows_is_refused():
+    with pytest.raises(InputError, match="row_chunk: found 0, expected at least 1"):
+        replace(make(), row_chunk=0)
