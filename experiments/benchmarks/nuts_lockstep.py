@@ -1,13 +1,19 @@
 """NUTS without lockstep against ``jax.vmap(blackjax.nuts)``.
 
-Two comparisons, both at equal numbers of draws, from the same starts, without compilation:
+Three comparisons, each at equal numbers of draws, from the same starts, without compilation:
 
 - funnel: 256 chains side by side on a funnel (log-scale v from N(0, 1), nine variables from
   N(0, e^v)), one step size for all, no warm-up. Trees differ between chains and from draw to draw.
+  The gradient costs next to nothing, so this is about utilisation; its speed is that of the
+  bookkeeping.
+- regression: the same funnel as the prior of a linear regression with 1000 rows and so much noise
+  that they say little: trees as uneven, at the cost of a gradient that is one.
 - airfoil: 10 chains of an MLP 5-16-16-16-16-2 (SiLU, Gaussian likelihood with predicted scale,
   N(0, 1) prior) on the airfoil data, each with its own warm-up. Ours runs as it does by default
   on these devices (on CPUs: chain by chain, on every core); blackjax runs once on the same
   log-density and once on that of an MLP written in the usual way, ``h @ W``.
+
+Seconds are wall time and, where a machine has other things to do, CPU time of this process.
 
 Call: ``python experiments/benchmarks/nuts_lockstep.py path/to/airfoil.data``.
 """
@@ -28,19 +34,26 @@ from bnnmcmc.posterior import Posterior
 
 # blackjax, and what uses it, is imported late: it wakes JAX, which must know its devices by then.
 
-FUNNEL_STEP_SIZE = 0.3
+CHAINS, SIZE, STEP_SIZE = 256, 10, 0.3
 HIDDEN = (16, 16, 16, 16)
 
 
-def measure(data: Path, *, draws: int = 4000, mlp_draws: int = 50, max_depth: int = 7) -> dict:
-    """Run both comparisons.
+def measure(
+    data: Path,
+    *,
+    draws: int = 8000,
+    regression_draws: int = 1000,
+    mlp_draws: int = 50,
+    max_depth: int = 7,
+) -> dict:
+    """Run the three comparisons.
 
     Parameters
     ----------
     data : Path
         The airfoil table: five features and the target, separated by blanks.
-    draws : int
-        Draws per chain on the funnel.
+    draws, regression_draws : int
+        Draws per chain on the funnel and of the regression.
     mlp_draws : int
         Draws per chain of the MLP, after 100 warm-up steps.
     max_depth : int
@@ -49,10 +62,15 @@ def measure(data: Path, *, draws: int = 4000, mlp_draws: int = 50, max_depth: in
     Returns
     -------
     dict
-        "funnel" and "airfoil": draws per second over all chains, ratios, and for the funnel the
-        utilisation (gradients made / gradients possible, from the first tick to the last).
+        "funnel", "regression" and "airfoil": draws per second over all chains, speedup by wall
+        time and by CPU time; side by side also the utilisation (gradients made / gradients
+        possible, from the first tick to the last).
     """
-    return {"funnel": measure_funnel(draws), "airfoil": measure_mlp(data, mlp_draws, max_depth)}
+    return {
+        "funnel": side_by_side(funnel, (), draws),
+        "regression": side_by_side(regression, regression_data(), regression_draws),
+        "airfoil": measure_mlp(data, mlp_draws, max_depth),
+    }
 
 
 def funnel(x: jax.Array) -> jax.Array:
@@ -60,28 +78,43 @@ def funnel(x: jax.Array) -> jax.Array:
     return -0.5 * (v**2 + jnp.sum(rest**2) * jnp.exp(-v) + rest.shape[0] * v)
 
 
-def measure_funnel(draws: int, chains: int = 256, size: int = 10) -> dict:
+def regression(x: jax.Array, features: jax.Array, y: jax.Array) -> jax.Array:
+    # Noise of this variance makes the information on a coefficient about that of its prior.
+    return funnel(x) - 0.5 * jnp.sum((y - features @ x[1:]) ** 2) / len(y)
+
+
+def regression_data(rows: int = 1000) -> tuple[jax.Array, jax.Array]:
+    rng = np.random.default_rng(0)
+    features = rng.normal(size=(rows, SIZE - 1))
+    y = features @ rng.normal(size=SIZE - 1) + np.sqrt(rows) * rng.normal(size=rows)
+    return jnp.asarray(features, jnp.float32), jnp.asarray(y, jnp.float32)
+
+
+def side_by_side(density, data: tuple, draws: int) -> dict:
     from bnnmcmc.samplers.nuts import nuts
 
-    starts = 0.5 * jax.random.normal(jax.random.key(0), (chains, size))
-    kernel = nuts(initial_step_size=FUNNEL_STEP_SIZE)
-    placement = place(chains, jax.devices()[:1], mode="vmap")
-    ours = ours_seconds(funnel, kernel, starts, (), 0, draws, placement)
-    reference = blackjax_seconds(funnel, starts, (), 0, draws, 10, FUNNEL_STEP_SIZE)
+    starts = 0.5 * jax.random.normal(jax.random.key(0), (CHAINS, SIZE))
+    kernel = nuts(initial_step_size=STEP_SIZE)
+    placement = place(CHAINS, jax.devices()[:1], mode="vmap")
+    ours = run_ours(density, kernel, starts, data, 0, draws, placement)
+    reference = run_blackjax(density, starts, data, 0, draws, 10, STEP_SIZE)
     return {
-        "chains": chains,
+        "chains": CHAINS,
         "draws": draws,
         "utilisation": ours["utilisation"],
         "lockstep_utilisation": reference["utilisation"],
-        "gradients_per_draw": ours["gradients"] / (chains * draws),
-        "blackjax_gradients_per_draw": reference["gradients"] / (chains * draws),
-        "draws_per_second": chains * draws / ours["seconds"],
-        "blackjax_draws_per_second": chains * draws / reference["seconds"],
+        "gradients_per_draw": ours["gradients"] / (CHAINS * draws),
+        "blackjax_gradients_per_draw": reference["gradients"] / (CHAINS * draws),
+        "draws_per_second": CHAINS * draws / ours["seconds"],
+        "blackjax_draws_per_second": CHAINS * draws / reference["seconds"],
         "speedup": reference["seconds"] / ours["seconds"],
+        "speedup_cpu": reference["cpu_seconds"] / ours["cpu_seconds"],
     }
 
 
-def measure_mlp(path: Path, draws: int, max_depth: int, chains: int = 10, warmup: int = 100) -> dict:
+def measure_mlp(
+    path: Path, draws: int, max_depth: int, chains: int = 10, warmup: int = 100
+) -> dict:
     from bnnmcmc.samplers.nuts import nuts
 
     table = np.loadtxt(path)
@@ -109,7 +142,7 @@ def measure_mlp(path: Path, draws: int, max_depth: int, chains: int = 10, warmup
         return fit + jax.scipy.stats.norm.logpdf(flat).sum()
 
     kernel, data = nuts(max_depth=max_depth), (x, y)
-    ours = ours_seconds(ours_density, kernel, starts, data, warmup, draws, place(chains))
+    ours = run_ours(ours_density, kernel, starts, data, warmup, draws, place(chains))
     results = {
         "chains": chains,
         "warmup": warmup,
@@ -121,38 +154,58 @@ def measure_mlp(path: Path, draws: int, max_depth: int, chains: int = 10, warmup
         "draws_per_second": chains * (warmup + draws) / ours["seconds"],
     }
     for name, density in (("blackjax", ours_density), ("blackjax_row_major", plain_density)):
-        found = blackjax_seconds(density, starts, data, warmup, draws, max_depth, 0.01)
+        found = run_blackjax(density, starts, data, warmup, draws, max_depth, 0.01)
         results[f"{name}_gradients"] = found["gradients"]
         results[f"{name}_draws_per_second"] = chains * (warmup + draws) / found["seconds"]
         results[f"{name}_speedup"] = found["seconds"] / ours["seconds"]
+        results[f"{name}_speedup_cpu"] = found["cpu_seconds"] / ours["cpu_seconds"]
     return results
 
 
-def ours_seconds(density, kernel, starts, data, warmup, draws, placement) -> dict:
+class Watch:
+    """Wall seconds and CPU seconds of this process, since it was made."""
+
+    def __init__(self):
+        self.begun = time.perf_counter(), time.process_time()
+
+    def read(self) -> dict:
+        wall, cpu = self.begun
+        return {
+            "seconds": time.perf_counter() - wall,
+            "cpu_seconds": time.process_time() - cpu,
+        }
+
+
+def run_ours(density, kernel, starts, data, warmup, draws, placement) -> dict:
     from bnnmcmc.sampling import build_program, finish_warmup, run_blocks, start_chains
 
     of = trees.layout(starts[0])
     program = build_program(density, kernel, of, placement, warmup=warmup, draws=draws, thin=1)
     data = replicate(data, placement)
-    for _ in range(2):  # the first time compiles
-        begun = time.perf_counter()
-        carry, gradients, ticks = start_chains(program, starts, 0, data), 0, 0
+
+    def run(last=None) -> dict:
+        watch, carry = Watch(), start_chains(program, starts, 0, data)
+        gradients, ticks = 0, 0
         for stage in ("warmup", "sampling"):
             if stage == "sampling":
                 carry = finish_warmup(program, carry)
-            for block in run_blocks(program, stage, carry, 0, data):
+            records = {"warmup": program.warmup, "sampling": program.sampling}[stage].records
+            end = min(records, last or records)
+            for block in run_blocks(program, stage, carry, 0, data, last=end):
                 carry = block.carry
                 gradients += int(block.stats["gradients"].sum())
                 ticks += 0 if block.ticks is None else int(block.ticks.sum())
-        seconds = time.perf_counter() - begun
-    return {
-        "seconds": seconds,
-        "gradients": gradients,
-        "utilisation": gradients / ticks if ticks else 1.0,
-    }
+        return {
+            **watch.read(),
+            "gradients": gradients,
+            "utilisation": gradients / ticks if ticks else 1.0,
+        }
+
+    run(last=1)  # compiles
+    return run()
 
 
-def blackjax_seconds(density, starts, data, warmup, draws, max_depth, step_size) -> dict:
+def run_blackjax(density, starts, data, warmup, draws, max_depth, step_size) -> dict:
     """Time jax.vmap over chains; with no warm-up, at this step size and the unit metric."""
     import blackjax
 
@@ -185,13 +238,13 @@ def blackjax_seconds(density, starts, data, warmup, draws, max_depth, step_size)
     keys = jax.random.split(jax.random.key(0), len(starts))
     over_data = (None,) * len(data)
     run = jax.jit(jax.vmap(chain, in_axes=(0, 0, *over_data))).lower(keys, starts, *data).compile()
-    begun = time.perf_counter()
+    watch = Watch()
     _, gradients = jax.block_until_ready(run(keys, starts, *data))
-    seconds = time.perf_counter() - begun
+    taken = watch.read()
     gradients = np.asarray(gradients, np.int64)
     # In lockstep every draw takes as long as the chain with the longest trajectory.
     return {
-        "seconds": seconds,
+        **taken,
         "gradients": int(gradients.sum()),
         "utilisation": gradients.sum() / (len(starts) * gradients.max(axis=0).sum()),
     }
@@ -200,14 +253,13 @@ def blackjax_seconds(density, starts, data, warmup, draws, max_depth, step_size)
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("data", type=Path, help="airfoil.data")
-    parser.add_argument("--draws", type=int, default=4000, help="per chain, on the funnel")
+    parser.add_argument("--draws", type=int, default=8000, help="per chain, on the funnel")
+    parser.add_argument("--regression-draws", type=int, default=1000)
     parser.add_argument("--mlp-draws", type=int, default=50)
     parser.add_argument("--max-depth", type=int, default=7, help="for the MLP")
-    given = parser.parse_args()
+    given = vars(parser.parse_args())
     use_all_cores()
-    for part, found in measure(
-        given.data, draws=given.draws, mlp_draws=given.mlp_draws, max_depth=given.max_depth
-    ).items():
+    for part, found in measure(given.pop("data"), **given).items():
         print(part)
         for name, value in found.items():
-            print(f"  {name:28} {value:.4g}" if isinstance(value, float) else f"  {name:28} {value}")
+            print(f"  {name:28}", f"{value:.4g}" if isinstance(value, float) else value)
