@@ -108,8 +108,7 @@ def no_progress(parts: Trajectories, state, params, capacity: int, keep: bool) -
 
 def no_flight(parts: Trajectories, state, params) -> Flight:
     """Return the flight of a chain without a trajectory."""
-    shapes = jax.eval_shape(lambda: _some_trajectory(parts, state, params))
-    empty = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    empty = _zeros(lambda: _some_trajectory(parts, state, params))
     return Flight(jnp.asarray(False), empty, parts.scratch(state.position))
 
 
@@ -169,11 +168,12 @@ def run_ahead(
         t, used = progress.steps, in_use(params)
         begins = ~flight.busy & (t < total)
 
-        def begin():
-            begun = parts.begin(jax.random.fold_in(key, t), state, used)
-            return _select(begins, begun, flight.trajectory)
+        def randomise():
+            return parts.randomise(jax.random.fold_in(key, t), state.position)
 
-        trajectory = jax.lax.cond(any_of(begins, placement), begin, lambda: flight.trajectory)
+        # Random numbers cost as much as a good part of a cheap gradient.
+        noise = jax.lax.cond(any_of(begins, placement), randomise, lambda: _zeros(randomise))
+        trajectory = _select(begins, parts.begin(noise, state, used), flight.trajectory)
         busy = flight.busy | begins
         # All compute; the result counts for those with a trajectory that goes on.
         moved, scratch = parts.advance(trajectory, flight.scratch, used, log_density)
@@ -206,7 +206,13 @@ def run_ahead(
 
 
 def _some_trajectory(parts: Trajectories, state, params):
-    return parts.begin(jax.random.key(0), state, params)
+    return parts.begin(parts.randomise(jax.random.key(0), state.position), state, params)
+
+
+def _zeros(function):
+    """Return zeros like the function's result."""
+    shapes = jax.eval_shape(function)
+    return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
 
 
 def _select(condition, new, old):

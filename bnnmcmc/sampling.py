@@ -29,9 +29,9 @@ from bnnmcmc.samplers.table import kernel_named
 TARGET_SECONDS = 1.0
 # Most bytes of draws that one block may hold on the devices.
 MAX_BLOCK_BYTES = 64 * 2**20
-# The same for chains that run ahead, whose records are part of every checkpoint; but room for at
-# least so many records.
-MAX_AHEAD_BYTES, MIN_AHEAD = 32 * 2**20, 8
+# Chains that run ahead keep their records in a buffer that is part of every checkpoint: it is
+# smaller, but up to four times this where it would hold fewer than so many records.
+AHEAD_BYTES, AHEAD_RECORDS, MIN_AHEAD = 8 * 2**20, 128, 8
 WARMUP_RECORDS = 200
 
 
@@ -125,8 +125,12 @@ def build_program(
     parts = kernel.trajectories if placement.together else None
     if capacity is None:
         row_bytes = placement.chains * (of.size * dtype.itemsize + 64)
-        bytes_, least = (MAX_AHEAD_BYTES, MIN_AHEAD) if parts else (MAX_BLOCK_BYTES, 1)
-        capacity = min(max(bytes_ // row_bytes, least), draws)
+        if parts is None:
+            capacity = MAX_BLOCK_BYTES // row_bytes
+        else:
+            most = min(4 * AHEAD_BYTES // row_bytes, AHEAD_RECORDS)
+            capacity = max(AHEAD_BYTES // row_bytes, most, MIN_AHEAD)
+        capacity = int(np.clip(capacity, 1, max(draws, 1)))
     traces = {"start": 0, "warm": 0, "finish": 0, "draw": 0}
 
     def density_of(data):
@@ -139,11 +143,13 @@ def build_program(
         adaptation = warm_rules.init(position)
         if parts is None:
             return index, state, adaptation, None, None
+        assert warm_rules.in_use is not None
         used = warm_rules.in_use(adaptation)
         progress = no_progress(parts, state, used, WARMUP_RECORDS, keep=False)
         return index, state, adaptation, progress, None
 
     def depart_chain(chain):
+        assert parts is not None
         return no_flight(parts, *chain)
 
     def warm_chain(carry, key, first, count, data):
@@ -152,6 +158,8 @@ def build_program(
         index, state, adaptation, progress, flight = carry
         chain_key = jax.random.fold_in(key, index)
         if parts is not None:
+            assert warm_rules.in_use is not None
+            assert warm_rules.adapt is not None
             inner, records = run_ahead(
                 parts,
                 chain_key,

@@ -55,27 +55,46 @@ class Warmup(NamedTuple):
 class Trajectories(NamedTuple):
     """The parts of a step that is a trajectory of varying length, one gradient at a time.
 
-    So that chains which advance together need not wait for the longest trajectory.
+    For chains that advance side by side: one that is through with a trajectory can begin the next
+    while the others are still on theirs. Everything is about one chain.
+
+    Parameters
+    ----------
+    scratch : callable
+        ``scratch(position) -> scratch``: memory that a trajectory works in. What is in it
+        before the first and after the last `advance` is of no consequence.
+    randomise : callable
+        ``randomise(key, position) -> noise``: the random numbers of a trajectory.
+    begin : callable
+        ``begin(noise, state, params) -> trajectory``.
+    advance : callable
+        ``advance(trajectory, scratch, params, log_density) -> (trajectory, scratch)``, at the cost
+        of one gradient.
+    finished : callable
+        ``finished(trajectory) -> bool``; False for one just begun.
+    end : callable
+        ``end(trajectory, params) -> (State, Info)`` of a finished trajectory.
     """
 
     scratch: Callable[[jax.Array], Any]
-    begin: Callable[[jax.Array, Any, Any], Any]
-    advance: Callable[..., tuple[Any, Any]]
+    randomise: Callable[[jax.Array, jax.Array], Any]
+    begin: Callable[[Any, Any, Any], Any]
+    advance: Callable[[Any, Any, Any, LogDensity], tuple[Any, Any]]
     finished: Callable[[Any], jax.Array]
     end: Callable[[Any, Any], tuple[Any, Any]]
 
 
 def trajectory_step(parts: Trajectories) -> Callable[..., tuple[Any, Any]]:
-    """Build `Kernel.step`."""
+    """Return the `Kernel.step` that runs a trajectory from beginning to end."""
 
     def step(key, state, params, log_density):
-        _, begin, advance, finished, end = parts
+        trajectory = parts.begin(parts.randomise(key, state.position), state, params)
         trajectory, _ = jax.lax.while_loop(
-            lambda loop: ~finished(loop[0]),
-            lambda loop: advance(*loop, params, log_density),
-            (begin(key, state, params), parts.scratch(state.position)),
+            lambda loop: ~parts.finished(loop[0]),
+            lambda loop: parts.advance(*loop, params, log_density),
+            (trajectory, parts.scratch(state.position)),
         )
-        return end(trajectory, params)
+        return parts.end(trajectory, params)
 
     return step
 
@@ -97,6 +116,8 @@ class Kernel(NamedTuple):
         Whether the kernel leaves the target invariant (unadjusted kernels have a bias).
     gradients_per_step : int or None
         Gradient evaluations in one step, None if it varies.
+    trajectories : Trajectories, optional
+        The parts of ``step``, if it is a trajectory of varying length.
     """
 
     name: str

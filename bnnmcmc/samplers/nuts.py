@@ -40,6 +40,14 @@ class NUTSInfo(NamedTuple):
     step_size: jax.Array
 
 
+class Noise(NamedTuple):
+    """A standard normal (size,), 32 random bits, and the data of a key."""
+
+    momentum: jax.Array
+    directions: jax.Array
+    key: jax.Array
+
+
 class Ends(NamedTuple):
     """The earliest and the latest point of a trajectory, (2, size) each."""
 
@@ -162,7 +170,7 @@ def nuts(
     def finished(tree: Tree) -> jax.Array:
         return tree.diverging | tree.turning | (tree.depth == max_depth)
 
-    trajectories = Trajectories(scratch, begin, advance, finished, end)
+    trajectories = Trajectories(scratch, randomise, begin, advance, finished, end)
     step = trajectory_step(trajectories)
 
     def warmup(num_steps: int):
@@ -179,19 +187,27 @@ def nuts(
     )
 
 
-def begin(key, state: NUTSState, params) -> Tree:
-    """Draw a momentum: a trajectory of one point."""
+def randomise(key, position: jax.Array) -> Noise:
+    """Draw the random numbers of a trajectory."""
     key_momentum, key_directions, key_leaves = jax.random.split(key, 3)
+    return Noise(
+        jax.random.normal(key_momentum, position.shape, position.dtype),
+        jax.random.bits(key_directions, (), jnp.uint32),
+        jax.random.key_data(key_leaves),
+    )
+
+
+def begin(noise: Noise, state: NUTSState, params) -> Tree:
+    """Return a trajectory of one point."""
     metric = params.inverse_mass_matrix
-    noise = jax.random.normal(key_momentum, metric.shape, metric.dtype)
-    momentum = noise / jnp.sqrt(metric)
+    momentum = noise.momentum / jnp.sqrt(metric)
     energy = _kinetic(momentum, metric) - state.logdensity
     nought, no = jnp.zeros((), jnp.int32), jnp.asarray(False)
     start = Part(state, energy, jnp.zeros_like(energy), momentum)
     ends = (state.position, momentum, state.gradient)
     return Tree(
-        jax.random.key_data(key_leaves),
-        jax.random.bits(key_directions, (), jnp.uint32),
+        noise.key,
+        noise.directions,
         energy,
         depth=nought,
         leaf=nought,
@@ -234,9 +250,8 @@ def advance(tree: Tree, checkpoints: Checkpoints, params, log_density) -> tuple[
     log_weight = jnp.where(first, gain, jnp.logaddexp(so_far.log_weight, gain))
     take = first | (log_uniform[0] < gain - log_weight)
     momentum_sum = jnp.where(first, 0.0, so_far.momentum_sum) + momentum
-    new = Part(
-        *_choose(take, (state, energy), (so_far.state, so_far.energy)), log_weight, momentum_sum
-    )
+    drawn, drawn_energy = _choose(take, (state, energy), (so_far.state, so_far.energy))
+    new = Part(drawn, drawn_energy, log_weight, momentum_sum)
     checkpoints, turning = _check(checkpoints, tree.leaf, momentum, momentum_sum, metric)
 
     last = tree.leaf + 1 == jnp.left_shift(1, tree.depth)
@@ -282,9 +297,9 @@ def _join(whole: Part, new: Part, ends: jax.Array, log_uniform, metric) -> tuple
     take = log_uniform < new.log_weight - whole.log_weight
     momentum_sum = whole.momentum_sum + new.momentum_sum
     log_weight = jnp.logaddexp(whole.log_weight, new.log_weight)
-    chosen = _choose(take, (new.state, new.energy), (whole.state, whole.energy))
+    state, energy = _choose(take, (new.state, new.energy), (whole.state, whole.energy))
     towards = metric * (momentum_sum - 0.5 * (ends[0] + ends[1]))
-    return Part(*chosen, log_weight, momentum_sum), jnp.any(ends @ towards <= 0)
+    return Part(state, energy, log_weight, momentum_sum), jnp.any(ends @ towards <= 0)
 
 
 def _check(
@@ -309,7 +324,7 @@ def _check(
     )
 
     def turns():
-        complete = jax.lax.population_count((leaf + 1 & ~leaf) - 1)
+        complete = jax.lax.population_count(((leaf + 1) & ~leaf) - 1)
         rows = jnp.arange(len(checkpoints.product))
         at_last = product - checkpoints.middle @ velocity
         at_first = checkpoints.momentum @ (metric * middle) - checkpoints.product
