@@ -1,13 +1,14 @@
 """NUTS without lockstep against ``jax.vmap(blackjax.nuts)``.
 
-Three comparisons, each at equal numbers of draws, from the same starts, without compilation:
+Comparisons, each at equal numbers of draws, from the same starts, without compilation:
 
 - funnel: 256 chains side by side on a funnel (log-scale v from N(0, 1), nine variables from
   N(0, e^v)), one step size for all, no warm-up. Trees differ between chains and from draw to draw.
   The gradient costs next to nothing, so this is about utilisation; its speed is that of the
   bookkeeping.
-- regression: the same funnel as the prior of a linear regression with 1000 rows and so much noise
-  that they say little: trees as uneven, at the cost of a gradient that is one.
+- regression, regression_large: the same funnel as the prior of a linear regression with 1000 and
+  10 000 rows and so much noise that they say little: trees as uneven, at the cost of a gradient
+  that is one.
 - airfoil: 10 chains of an MLP 5-16-16-16-16-2 (SiLU, Gaussian likelihood with predicted scale,
   N(0, 1) prior) on the airfoil data, each with its own warm-up. Ours runs as it does by default
   on these devices (on CPUs: chain by chain, on every core); blackjax runs once on the same
@@ -42,11 +43,11 @@ def measure(
     data: Path,
     *,
     draws: int = 8000,
-    regression_draws: int = 1000,
+    regression_draws: int = 2000,
     mlp_draws: int = 50,
     max_depth: int = 7,
 ) -> dict:
-    """Run the three comparisons.
+    """Run the comparisons.
 
     Parameters
     ----------
@@ -62,13 +63,14 @@ def measure(
     Returns
     -------
     dict
-        "funnel", "regression" and "airfoil": draws per second over all chains, speedup by wall
+        "funnel", "regression", "regression_large" and "airfoil": draws per second over all chains, speedup by wall
         time and by CPU time; side by side also the utilisation (gradients made / gradients
         possible, from the first tick to the last).
     """
     return {
         "funnel": side_by_side(funnel, (), draws),
-        "regression": side_by_side(regression, regression_data(), regression_draws),
+        "regression": side_by_side(regression, regression_data(1000), regression_draws),
+        "regression_large": side_by_side(regression, regression_data(10_000), regression_draws),
         "airfoil": measure_mlp(data, mlp_draws, max_depth),
     }
 
@@ -83,7 +85,7 @@ def regression(x: jax.Array, features: jax.Array, y: jax.Array) -> jax.Array:
     return funnel(x) - 0.5 * jnp.sum((y - features @ x[1:]) ** 2) / len(y)
 
 
-def regression_data(rows: int = 1000) -> tuple[jax.Array, jax.Array]:
+def regression_data(rows: int) -> tuple[jax.Array, jax.Array]:
     rng = np.random.default_rng(0)
     features = rng.normal(size=(rows, SIZE - 1))
     y = features @ rng.normal(size=SIZE - 1) + np.sqrt(rows) * rng.normal(size=rows)
@@ -95,7 +97,7 @@ def side_by_side(density, data: tuple, draws: int) -> dict:
 
     starts = 0.5 * jax.random.normal(jax.random.key(0), (CHAINS, SIZE))
     kernel = nuts(initial_step_size=STEP_SIZE)
-    placement = place(CHAINS, jax.devices()[:1], mode="vmap")
+    placement = place(CHAINS, mode="vmap")  # side by side on each device, as blackjax on its one
     ours = run_ours(density, kernel, starts, data, 0, draws, placement)
     reference = run_blackjax(density, starts, data, 0, draws, 10, STEP_SIZE)
     return {
@@ -254,7 +256,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("data", type=Path, help="airfoil.data")
     parser.add_argument("--draws", type=int, default=8000, help="per chain, on the funnel")
-    parser.add_argument("--regression-draws", type=int, default=1000)
+    parser.add_argument("--regression-draws", type=int, default=2000)
     parser.add_argument("--mlp-draws", type=int, default=50)
     parser.add_argument("--max-depth", type=int, default=7, help="for the MLP")
     given = vars(parser.parse_args())
