@@ -639,11 +639,15 @@ def _timed(job: Job, stage: str) -> Iterator[None]:
     try:
         yield
     finally:
-        _commit(job)
+        # No more than that: others may be writing their part of the next checkpoint.
+        job.store.commit(seconds=job.clock.seconds())
 
 
 def _commit(job: Job, **changes: Any) -> None:
-    """Commit a block, with the time so far, and drop what it replaces."""
+    """Commit a block, with the time so far, and drop what it replaces.
+
+    All processes must meet between this and the next checkpoint.
+    """
     job.store.commit(seconds=job.clock.seconds(), **changes)
     job.store.drop_old_checkpoints()
 

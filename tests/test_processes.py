@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import zarr
 from conftest import start_cli, write_tiny
-from test_resume import SETTINGS, STAGES, assert_equal_runs, committed, stop_in
+from test_resume import STAGES, assert_equal_runs, committed, stop_in
 
 from bnnmcmc import processes, store
 from bnnmcmc.errors import InputError
@@ -93,22 +93,39 @@ def test_the_loss_of_a_process_is_told_and_the_others_draws_survive(finished, ti
     assert_equal_runs(finished / "run", tiny / "by-one")
 
 
+# Slow enough that every stage has commits to be killed between.
+LONGER = [
+    "ensemble.max_epochs=1000",
+    "ensemble.patience=1000",
+    "sampler.warmup=20000",
+    "sampler.draws=200",
+    "sampler.thin=50",
+    "run.block_draws=5",
+]
+
+
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory, cli):
     folder = write_tiny(tmp_path_factory.mktemp("undisturbed"))
-    code, _, err = cli(
-        "run", "tiny.toml", "--out", "run", "--quiet", "--set", *SETTINGS, cwd=folder
-    )
+    code, _, err = cli("run", "tiny.toml", "--out", "run", "--quiet", "--set", *LONGER, cwd=folder)
     assert code == 0, err
     return folder / "run"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("then", [1, 2])
-@pytest.mark.parametrize("victim", [0, 1])
-@pytest.mark.parametrize("stage", STAGES[:3])
+@pytest.mark.parametrize(
+    ("stage", "victim", "then"),
+    [
+        ("ensemble", 0, 2),
+        ("ensemble", 1, 1),
+        ("warmup", 0, 2),
+        ("warmup", 1, 2),
+        ("sampling", 0, 1),
+        ("sampling", 1, 2),
+    ],
+)
 def test_either_process_lost_in_any_stage(tiny, undisturbed, cli, stage, victim, then):
-    arguments = ["run", "tiny.toml", "--out", "run", "--quiet", "--set", *SETTINGS]
+    arguments = ["run", "tiny.toml", "--out", "run", "--quiet", "--set", *LONGER]
     codes, said = lose(victim, stage, arguments, cwd=tiny)
     assert codes[victim] == -signal.SIGKILL
     assert codes[1 - victim] == 3
@@ -127,7 +144,7 @@ def test_either_process_lost_in_any_stage(tiny, undisturbed, cli, stage, victim,
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES[:3])
 def test_a_run_of_one_process_goes_on_in_two(tiny, undisturbed, stage):
-    arguments = ["run", "tiny.toml", "--out", "run", "--quiet", "--set", *SETTINGS]
+    arguments = ["run", "tiny.toml", "--out", "run", "--quiet", "--set", *LONGER]
     process = start_cli(*arguments, cwd=tiny)
     assert stop_in(process, tiny / "run", stage, 0.02, signal.SIGKILL)
     process.communicate()
@@ -139,7 +156,7 @@ def test_a_run_of_one_process_goes_on_in_two(tiny, undisturbed, stage):
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
 def test_ctrl_c_in_one_process_stops_both_and_all_is_saved(tiny, undisturbed, victim):
-    arguments = ["run", "tiny.toml", "--out", "run", "--set", *SETTINGS]
+    arguments = ["run", "tiny.toml", "--out", "run", "--set", *LONGER]
     codes, said = lose(victim, "warmup", arguments, tiny, signal.SIGINT)
     assert codes == [130, 130], said
     assert "bnnmcmc resume run" in said[0][0]
