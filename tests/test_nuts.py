@@ -248,7 +248,7 @@ def p_values(a, b):
     table = np.array([np.bincount(x[0], minlength=11) for x in (a, b)])
     table = table[:, table.sum(0) > 20]
     return [stats.chi2_contingency(table).pvalue] + [
-        stats.ks_2samp(x, y).pvalue for x, y in zip(a[1:], b[1:], strict=True)
+        stats.ks_2samp(x, y, method="asymp").pvalue for x, y in zip(a[1:], b[1:], strict=True)
     ]
 
 
@@ -340,20 +340,20 @@ def test_draws_do_not_depend_on_blocks_restarts_or_the_room_to_run_ahead():
 def test_chains_do_not_wait_for_longer_trajectories():
     """And the more room there is, the fewer ticks are idle."""
     ticks = {}
-    for program in (build(capacity=3), build()):
+    for program in (build(capacity=1), build()):
         blocks = through(program)["sampling"]
         gradients = join_stats(blocks)["gradients"]
         per_chain = sum(block.ticks for block in blocks)
         assert np.all(gradients.sum(1) <= per_chain)
         ticks[program.capacity] = per_chain
     shares = np.array_split(gradients, [3])  # chains 0 to 2 are on one device
-    assert np.all(ticks[3] >= ticks[24])
-    assert ticks[3].sum() > ticks[24].sum()
+    assert np.all(ticks[1] >= ticks[24])
+    assert ticks[1].sum() > ticks[24].sum()
     for share, found in zip(shares, np.array_split(ticks[24], [3]), strict=True):
         # No tick of the chain with most gradients is idle.
         assert set(found) == {share.sum(1).max()}
         lockstep = share.max(axis=0).sum()
-        assert found[0] < 0.9 * lockstep
+        assert found[0] < 0.95 * lockstep
 
 
 def test_no_tick_copies_the_draws():
