@@ -166,6 +166,12 @@ def test_settings_for_the_command_line():
     assert setting_words({}) == []
 
 
+def test_the_fastest_repeat_counts():
+    found = [{"wall_seconds": w, "cpu_seconds": c} for w, c in ((3.0, 2.0), (2.0, 2.5))]
+    best = whole_fit.fastest(found)
+    assert (best["seconds"], best["spread"], best["cpu_seconds"]) == (2.0, 0.5, 2.0)
+
+
 @pytest.mark.slow
 def test_startup_sees_the_first_progress(settings):
     rows = startup.measure(settings)["rows"]

@@ -277,6 +277,16 @@ def test_many_sequences_at_once_equal_arviz_one_by_one(draws, memory):
     np.testing.assert_allclose(rank_rhat(values), rhats, rtol=1e-9)
 
 
+def test_a_few_sequences_at_a_time_change_nothing(monkeypatch):
+    values, log_density = normal(3, 60, 5), normal(3, 60)
+    one_go = chainwise_rhat(values), *ess(values), make_table(log_density, values, values)
+    monkeypatch.setattr("bnnmcmc.diagnostics.CHUNK_BYTES", 2 * 60 * 8)
+    pieces = chainwise_rhat(values), *ess(values), make_table(log_density, values, values)
+    for a, b in zip(one_go[:3], pieces[:3], strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert repr(one_go[3]) == repr(pieces[3])  # also where both are NaN
+
+
 def test_rhat_is_near_one_for_independent_draws():
     rhat = chainwise_rhat(normal(3, 1000, 20))
     assert np.all((rhat > 0.99) & (rhat < 1.02))

@@ -307,6 +307,14 @@ def test_thinned_keeps_every_so_many_of_each_chain(every, tree, monkeypatch):
     assert "log_density" not in found
 
 
+def test_thinned_draws_do_not_keep_the_others_in_memory(tree):
+    whole = in_blocks(tree, [40])
+    [block] = whole.blocks()
+    [few] = thinned(whole._replace(blocks=lambda: [block]), 4).blocks()
+    assert few.shape[1] == 10
+    assert not np.shares_memory(few, block)
+
+
 def test_per_draw_takes_a_seed(tree):
     one, again, other = (
         per_draw(HETERO, draws_in_memory(tree), X, seed=seed)["samples"] for seed in (0, 0, 1)

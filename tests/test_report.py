@@ -12,6 +12,7 @@ import pytest
 import tomli_w
 
 from bnnmcmc.errors import InputError
+from bnnmcmc.report import figures
 from bnnmcmc.report.page import read_run, write_report
 from bnnmcmc.store import append, create_arrays, write_arrays, write_json
 
@@ -372,6 +373,14 @@ def test_run_is_described(page):
         "[prior]",
     ):
         assert text in page.text
+
+
+def test_long_traces_are_drawn_thinly(monkeypatch):
+    values = np.random.default_rng(0).normal(size=(2, 900))
+    whole = figures.log_density(values, []).svg
+    monkeypatch.setattr(figures, "MAX_TRACE_POINTS", 100)
+    few = figures.log_density(values, []).svg
+    assert len(re.findall(r"[ML] [\d.]", few)) < len(re.findall(r"[ML] [\d.]", whole)) / 4
 
 
 def test_figures_have_takeaway_and_alt(page, finished):

@@ -104,6 +104,16 @@ def test_opened_run_gives_what_the_command_line_wrote(finished):
     assert list(frame.columns)[-2:] == ["y_lower_80", "y_upper_80"]
 
 
+def test_stored_draws_come_in_small_pieces(finished, monkeypatch):
+    run = bnnmcmc.Run.open(finished / "run")
+    whole = run.load_draws()
+    seven = 7 * run.draws.chains * run.draws.layout.size * 4
+    monkeypatch.setattr("bnnmcmc.run.PIECE_BYTES", seven)
+    pieces = list(run.draws.blocks())
+    assert max(piece.nbytes for piece in pieces) <= seven
+    jax.tree.map(np.testing.assert_array_equal, run.load_draws(), whole)
+
+
 def test_a_frame_in_memory_from_end_to_end():
     rng = np.random.default_rng(2)
     frame = pd.DataFrame({"size": rng.uniform(50, 150, 90), "city": ["Bonn", "Köln", "Ulm"] * 30})

@@ -67,7 +67,8 @@ def main(
     quick
         Tiny sizes, to see that everything runs; the figures mean nothing.
     folder
-        Scratch space (the memory benchmark writes 5 GB); a temporary folder if not given.
+        Where to make the temporary folder (5 GB for the memory benchmark); the system's if not
+        given.
     """
     # In a log there is room for a whole row of a table.
     console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 180)
@@ -79,9 +80,10 @@ def main(
         return 2
     result: dict[str, Any] = {"machine": machine.describe(), "quick": quick, "repeats": repeats}
     console.print_json(json.dumps(result["machine"]))
-    with tempfile.TemporaryDirectory(prefix="bnnmcmc-benchmarks-") as temporary:
-        scratch = (folder or Path(temporary)).resolve()
-        scratch.mkdir(parents=True, exist_ok=True)
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="bnnmcmc-benchmarks-", dir=folder) as temporary:
+        scratch = Path(temporary).resolve()
         # The interpreter of an environment is a link: following it would leave the environment.
         python = make_peer(scratch) if peer == "install" else peer and Path(peer).absolute()
         settings = Settings(scratch, data and data.resolve(), python or None, repeats, quick)

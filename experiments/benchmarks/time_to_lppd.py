@@ -6,10 +6,11 @@ Its time is that of the whole process.
 
 This library runs once with the defaults of experiments/airfoil.toml. The times at which blocks of
 draws were committed are noted, and afterwards the pooled LPPD of the first K draws of every chain
-is computed for every K. The smallest K that reaches the peer's LPPD is then run again as a whole
-process, with ``--set sampler.draws=K``: its wall clock, with start-up, compilation from an empty
-cache, training, warm-up, scores and report, is what stands beside the peer's. Choosing K looks at
-the test rows; K is no recommendation, only the answer to "when".
+is computed for every K ("draws there after": when the K-th draw was committed). The smallest K that
+reaches the peer's LPPD is then run again as a whole process, with ``--set sampler.draws=K``: its
+wall clock, with start-up, compilation from an empty cache, training, warm-up, scores and report, is
+what stands beside the peer's. Choosing K looks at the test rows; K is no recommendation, only the
+answer to "when".
 """
 
 import json
@@ -20,7 +21,7 @@ import numpy as np
 
 from experiments.benchmarks.processes import in_fresh_process
 from experiments.benchmarks.settings import Settings
-from experiments.benchmarks.whole_fit import our_run, peer_fit, peer_settings
+from experiments.benchmarks.whole_fit import fastest, our_run, peer_fit, peer_settings
 
 README_EXAMPLE = {
     "hidden_layers": [16, 16],
@@ -59,27 +60,32 @@ def measure(settings: Settings) -> dict[str, Any]:
     ):
         if settings.quick and name == "README example":
             continue
-        peer = peer_fit(settings, name.lower().replace(" ", "-"), arguments)
+        slug = name.lower().replace(" ", "-")
+        fits = [peer_fit(settings, slug, arguments, i) for i in range(settings.repeats)]
+        peer = fastest(fits)
         row = {
             "peer": name,
             "peer_lppd": peer["lppd"],
-            "peer_seconds": peer["wall_seconds"],
+            "peer_seconds": peer["seconds"],
+            "peer_spread": peer["spread"],
             "peer_cpu_seconds": peer["cpu_seconds"],
             "draws_needed": None,
         }
         reached = np.flatnonzero(lppd >= peer["lppd"])
         if len(reached):
             needed = int(reached[0]) + 1
-            again = our_run(settings, f"lppd-{needed}", {**changes, "sampler.draws": needed})
+            few = {**changes, "sampler.draws": needed}
+            ours = fastest(
+                [our_run(settings, f"lppd-{slug}-{i}", few) for i in range(settings.repeats)]
+            )
             row |= {
                 "draws_needed": needed,
-                "draws_there_after": next(s for s, draws in commits if draws >= needed)
-                if commits and commits[-1][1] >= needed
-                else full["wall_seconds"],
-                "our_seconds": again["wall_seconds"],
-                "our_cpu_seconds": again["cpu_seconds"],
-                "our_lppd": again["lppd"],
-                "times_faster": peer["wall_seconds"] / again["wall_seconds"],
+                "draws_there_after": next((s for s, n in commits if n >= needed), None),
+                "our_seconds": ours["seconds"],
+                "our_spread": ours["spread"],
+                "our_cpu_seconds": ours["cpu_seconds"],
+                "our_lppd": ours["lppd"],
+                "times_faster": peer["seconds"] / ours["seconds"],
             }
         rows.append(row)
     return {
