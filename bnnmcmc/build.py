@@ -191,6 +191,16 @@ def make_placement(
     return replace(placed, chains=chains, first=first, room=room)
 
 
+def chosen_fields(config: Config, dataset: Dataset, placement: Placement) -> dict[str, Any]:
+    """Return the fields of [run] that stand for a placement."""
+    return {
+        "mode": placement.mode,
+        "group": placement.group if placement.mode == "map" else 0,
+        # As many rows as there are: all at once.
+        "row_chunk": placement.row_chunk or len(sampling_rows(config, dataset)[0]),
+    }
+
+
 def sampling_rows(config: Config, dataset: Dataset) -> tuple[Any, Any]:
     """Return x and y of the rows that the posterior conditions on."""
     rows = dataset.train

@@ -3,7 +3,7 @@
 import difflib
 import tomllib
 import types
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -495,10 +495,21 @@ def read_config(path: str | Path, settings: Sequence[str] = ()) -> Config:
     return parse(set_keys(read_tables(path), settings), str(path))
 
 
-def with_placement(config: Config, mode: Literal["map", "vmap"], group: int, row_chunk: int):
-    """Return the config with the placement as it was chosen, so that it is not chosen anew."""
-    chosen = {"mode": mode, "group": group if mode == "map" else 0, "row_chunk": row_chunk}
-    return config.model_copy(update={"run": config.run.model_copy(update=chosen)})
+# Fields of [run] that say where chains run -> the value that leaves the choice to the program.
+LEFT_OPEN = {"mode": "auto", "group": 0, "row_chunk": 0}
+
+
+def with_placement(config: Config, chosen: Mapping[str, Any]) -> Config:
+    """Return a config in which what it leaves open about the placement is as it was chosen.
+
+    Parameters
+    ----------
+    config : Config
+    chosen : mapping
+        "mode", "group" and "row_chunk" of [run].
+    """
+    fields = {n: chosen[n] for n, value in LEFT_OPEN.items() if getattr(config.run, n) == value}
+    return config.model_copy(update={"run": config.run.model_copy(update=fields)})
 
 
 def to_toml(config: Config) -> str:

@@ -59,6 +59,7 @@ def to_datatree(
     row_ids: Sequence | np.ndarray | None = None,
     targets: Sequence[str] = (),
     classes: Sequence | np.ndarray | None = None,
+    chains: Sequence | np.ndarray | None = None,
     attrs: Mapping[str, Any] | None = None,
 ) -> "xarray.DataTree":
     """Put a run into ArviZ's format.
@@ -85,6 +86,8 @@ def to_datatree(
         Names of the targets.
     classes : sequence, optional
         Class labels by index, for classification. They become the coordinate ``class``.
+    chains : sequence of int, optional
+        Numbers of the chains; 0, 1, ... if not given.
     attrs : mapping, optional
         What to note about the run. Values other than text and numbers are stored as JSON.
 
@@ -147,6 +150,10 @@ def to_datatree(
     if classes is not None:
         for name in groups.keys() & {"posterior_predictive", "observed_data"}:
             groups[name] = groups[name].assign_coords({"class": _labels(classes)})
+    if chains is not None:
+        for name, group in groups.items():
+            if "chain" in group.dims:
+                groups[name] = group.assign_coords({"chain": np.asarray(chains)})
     tree = xarray.DataTree.from_dict(groups)
     tree.attrs = {name: _attribute(value) for name, value in (attrs or {}).items()}
     return tree

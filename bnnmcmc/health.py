@@ -29,6 +29,9 @@ MAD_TO_SD = 1.4826
 # Floor of the spread, in nats: a density lower by less than a factor e is no difference.
 MIN_SPREAD = 1.0
 
+# Worst first.
+STATUSES = ("nonfinite", "stuck", "diverging", "low", "ok")
+
 
 class ChainStatus(NamedTuple):
     """What is known about one chain.
@@ -36,7 +39,7 @@ class ChainStatus(NamedTuple):
     Parameters
     ----------
     status : str
-        Worst first: "nonfinite", "stuck", "diverging", "low", "ok".
+        One of `STATUSES`.
     sentence : str
         The numbers behind it, and what to do.
     """

@@ -6,6 +6,7 @@ devices, on the host, and on their way to the disk.
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ from bnnmcmc.ensemble import MAX_BLOCK_EPOCHS
 from bnnmcmc.errors import InputError
 from bnnmcmc.placement import Placement
 from bnnmcmc.posterior import Posterior, activation_bytes
-from bnnmcmc.predictive import CHUNK_BYTES, MAX_SAMPLES
+from bnnmcmc.predictive import BATCH, CHUNK_BYTES, MAX_SAMPLES
 from bnnmcmc.results import (
     MAX_DIAGNOSED_DRAWS,
     MAX_DIAGNOSED_WEIGHTS,
@@ -29,7 +30,7 @@ from bnnmcmc.results import (
 )
 from bnnmcmc.run import ARVIZ_BYTES, MAX_FUNCTION_ROWS
 from bnnmcmc.samplers.kernel import Kernel
-from bnnmcmc.sampling import Program, build_program
+from bnnmcmc.sampling import WARMUP_RECORDS, Program, build_program
 
 # What Python, JAX, its compiler and the compiled programs take before any data.
 BASE_BYTES = 550 * 2**20
@@ -111,14 +112,16 @@ def memory_need(
         lambda position: -sum((leaf**2).sum() for leaf in jax.tree.leaves(position)),
         kernel,
         of,
-        placement,
+        # For its shapes, any device will do.
+        replace(placement, devices=tuple(jax.devices()[:1])),
         warmup=config.sampler.warmup,
         draws=draws,
         thin=config.sampler.thin,
     )
     members, history = chains * member, 2 * item * chains * ensemble.max_epochs
     epochs = 2 * item * chains * min(MAX_BLOCK_EPOCHS, ensemble.max_epochs)
-    states = _state_bytes(program)
+    # With the statistics of the warm-up, which go into its checkpoints.
+    states = _state_bytes(program) + WARMUP_RECORDS * chains * STATISTICS * item
     block = program.capacity * chains * (of.size * item + 64)
     together = _at_work(placement)
     trained_together = _at_work(placement.for_training)
@@ -205,13 +208,16 @@ def _results(config: Config, dataset: Dataset, of: trees.Layout, item: int, draw
     weights = min(of.size, MAX_DIAGNOSED_WEIGHTS)
     diagnosed = looked_at * (item * (2 * weights + 3 * functions) + 8 * 8 * few)
     samples = 5 * item * min(MAX_SAMPLES, chains * draws) * test * outputs
-    predicted = 2 * CHUNK_BYTES + samples
+    # Draws are read, joined to a batch, filled up, and copied to the devices.
+    batch = 6 * min(BATCH, chains * draws) * of.size * item
+    predicted = CHUNK_BYTES + samples + batch
     every_draw = config.run.arviz in ("netcdf", "zarr")
     tree = chains * draws * item * (of.size + 2 * rows * outputs)
     arviz = 3 * (tree if every_draw else min(tree, 2 * ARVIZ_BYTES))
     if config.run.arviz == "none":
         arviz = 0
-    return statistics + max(diagnosed, predicted, arviz)
+    # Diagnostics predict too, and the memory of one is not always given back before the next.
+    return statistics + max(diagnosed + batch, predicted, arviz + batch)
 
 
 def available_memory() -> float | None:

@@ -162,8 +162,7 @@ def start_run(
     preflight.check_disk(folder, of, config.ensemble.members, config.sampler.draws)
     train, val, test = (len(p) for p in (dataset.train, dataset.validation, dataset.test))
     # With the placement as it was chosen: a resumed or repeated run shall not choose anew.
-    rows = len(build.sampling_rows(config, dataset)[0])
-    config = with_placement(config, placement.mode, placement.group, placement.row_chunk or rows)
+    config = with_placement(config, build.chosen_fields(config, dataset, placement))
     text = to_toml(config).encode()
     manifest = {
         "bnnmcmc": importlib.metadata.version("bnnmcmc"),

@@ -259,7 +259,9 @@ class Run:
         Parameters
         ----------
         every : int
-            Keep every so many draws; by default as few as keep the tree below 64 MiB.
+            Keep every so many draws; by default as few as keep the tree below about 64 MiB, and
+            of more chains than fit with one draw each, one in so many. The tree's attributes say
+            how many.
 
         Returns
         -------
@@ -271,12 +273,22 @@ class Run:
         from bnnmcmc import diagnostics
 
         per_row = 2 if self.y.ndim == 1 else 1 + self.y.shape[1]
-        draw_bytes = 4 * self.draws.chains * (self.draws.layout.size + per_row * len(self.x))
+        values = self.draws.layout.size + len(self.stats) + per_row * len(self.x)
+        draw_bytes, one_in, records = 4 * self.draws.chains * values, 1, 1
+        warmup = self.warmup_stats or {}
         if every is None:
             every = max(1, -(-self.draws.draws * draw_bytes // ARVIZ_BYTES))
+            # Of so many chains that not even one draw of each fits, some; and of long statistics
+            # of the warm-up a part.
+            one_in = max(1, -(-draw_bytes // ARVIZ_BYTES))
+            size = sum(v.nbytes for v in warmup.values()) // one_in
+            records = max(1, -(-size // (ARVIZ_BYTES // 8)))
         if every < 1:
             raise InputError(f"every: found {every}, expected at least 1")
-        draws = thinned(self.draws, every)
+        draws, chains = thinned(self.draws, every), np.arange(0, self.draws.chains, one_in)
+        if one_in > 1:
+            blocks = draws.blocks
+            draws = draws._replace(chains=len(chains), blocks=lambda: (b[chains] for b in blocks()))
         found = per_draw(self.posterior, draws, self.x, self.y, seed=self.seed)
         encoding, classes = self.encoding, None
         if "samples" in found:
@@ -298,15 +310,21 @@ class Run:
         names = self.draws.layout.names
         return diagnostics.to_datatree(
             draws=dict(zip(names, trees.split_flat(flat, self.draws.layout), strict=True)),
-            stats={name: values[:, ::every] for name, values in self.stats.items()},
-            warmup_stats=self.warmup_stats,
+            stats={name: values[chains, ::every] for name, values in self.stats.items()},
+            warmup_stats={n: v[chains, ::records] for n, v in warmup.items()} or None,
+            chains=chains,
             log_likelihood=found["log_density"],
             posterior_predictive=predicted,
             observed=observed,
             row_ids=self._sampled_row_ids(),
             targets=targets,
             classes=classes,
-            attrs={"thinned_by": every, "seed": self.seed},
+            attrs={
+                "thinned_by": every,
+                "one_chain_in": one_in,
+                "warmup_records_thinned_by": records,
+                "seed": self.seed,
+            },
         )
 
     def _sampled_row_ids(self) -> np.ndarray:

@@ -1,14 +1,18 @@
 """What the command line prints when a run ends: read from the run folder, no JAX."""
 
 import json
+import math
 import shlex
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from bnnmcmc.health import STATUSES
 from bnnmcmc.metrics import LEVELS
 from bnnmcmc.progress import count, duration
 from bnnmcmc.store import read_manifest
@@ -34,7 +38,8 @@ SCORES = {
     "brier": ("Brier score", "lower"),
     "ece": ("calibration error", "lower"),
 }
-MAX_SENTENCES = 5
+# More chains than this: the terminal shows the worst ten, and quantiles over all.
+MAX_CHAINS, WORST = 30, 10
 
 
 def print_summary(console: Console, folder: Path) -> None:
@@ -85,6 +90,8 @@ def print_diagnostics(
 ) -> None:
     """Print the table of chains, the verdict, and what is wrong with which chain.
 
+    Of many chains, the worst ten, and quantiles over all.
+
     Parameters
     ----------
     console : Console
@@ -122,7 +129,12 @@ def print_diagnostics(
         table.add_row(*(escape(_short(row[name])) for name in used))
     console.print(table)
     if len(rows) > len(shown):
-        console.print(f"[dim]the worst of {len(rows)} chains; all are in diagnostics.csv[/]")
+        console.print(
+            f"[dim]the worst {len(shown)} of {len(rows)} chains: those that are not ok first, then "
+            "by ESS; all are in diagnostics.csv[/]"
+        )
+        numeric = [name for name in used if name not in ("chain", "status")]
+        _print_quantiles(console, {titles[n]: [row[n] for row in rows] for n in numeric})
     console.print()
     for sentence in summary["verdict"]:
         console.print(f"• {escape(sentence)}", highlight=False)
@@ -138,15 +150,40 @@ def _print_verdict(console: Console, folder: Path) -> None:
                 console.print(f"• {escape(sentence)}", highlight=False)
 
 
-def _readable(rows: list[dict[str, Any]], most: int = 30) -> list[dict[str, Any]]:
-    """Return all rows, or of many the worst ten: not ok first, then by ESS of the predictions."""
-    if len(rows) <= most:
+def _readable(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return all rows, or of many the worst ten: by status, then by ESS of the predictions."""
+    if len(rows) <= MAX_CHAINS:
         return rows
 
     def badness(row):
-        return row["status"] == "ok", row["ess_function_median"] or 0
+        worth = row["ess_function_median"]
+        # What cannot be computed is worse than any number.
+        return _severity(row), -math.inf if worth is None or math.isnan(worth) else worth
 
-    return sorted(rows, key=badness)[:10]
+    return sorted(rows, key=badness)[:WORST]
+
+
+def _severity(chain: dict[str, Any]) -> int:
+    return STATUSES.index(chain["status"])
+
+
+def _print_quantiles(console: Console, columns: dict[str, list[Any]]) -> None:
+    """Print quantiles over all chains, a line for each quantity."""
+    title = f"All {len(next(iter(columns.values())))} chains"
+    table = Table(title=title, title_justify="left", title_style="bold", box=None)
+    table.add_column("")
+    for name in ("min", "5 %", "median", "95 %", "max", "not finite"):
+        table.add_column(name, justify="right")
+    for name, values in columns.items():
+        numbers = np.array([math.nan if v is None else v for v in values], float)
+        finite = numbers[np.isfinite(numbers)]
+        cells = ["-"] * 5
+        if len(finite):
+            cells = [_short(float(q)) for q in np.quantile(finite, (0, 0.05, 0.5, 0.95, 1))]
+        label = name.replace("-\n", "").replace("\n", " ")
+        table.add_row(label, *cells, str(len(numbers) - len(finite)))
+    console.print()
+    console.print(table)
 
 
 def _short(cell: Any) -> str:
@@ -222,11 +259,16 @@ def _print_status(console: Console, status: list[dict[str, Any]]) -> None:
     color = "green" if ok == len(status) else "yellow"
     console.print()
     console.print(f"[{color}]{ok} of {len(status)} chains ok[/]", highlight=False)
-    others = [chain for chain in status if chain["status"] != "ok"]
-    for chain in others[:MAX_SENTENCES]:
+    others = sorted((chain for chain in status if chain["status"] != "ok"), key=_severity)
+    if len(others) > WORST:
+        counts = Counter(chain["status"] for chain in others)
+        console.print(
+            "  " + ", ".join(f"{n} {name}" for name, n in counts.items()), highlight=False
+        )
+    for chain in others[:WORST]:
         console.print(
             f"  chain {chain['chain']}: {chain['status']}: {escape(chain['sentence'])}",
             highlight=False,
         )
-    if len(others) > MAX_SENTENCES:
-        console.print(f"  and {len(others) - MAX_SENTENCES} more; see diagnostics.csv")
+    if len(others) > WORST:
+        console.print(f"  and {len(others) - WORST} more; see diagnostics.csv", highlight=False)

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from bnnmcmc.config import read_config, to_toml
+from bnnmcmc.config import read_config, with_placement
 from bnnmcmc.errors import InputError
 from bnnmcmc.store import read_manifest, write_atomic
 
@@ -129,8 +129,10 @@ def _run_one(config: Path, folder: Path, settings: list[str]) -> int:
     """Run, resume or skip one run; return its exit status, 130 after Ctrl-C."""
     command = [sys.executable, "-m", "bnnmcmc"]
     if (folder / "manifest.json").is_file():
-        wanted = to_toml(read_config(config, settings))
-        if (folder / "config.toml").read_text(encoding="utf-8") != wanted:
+        stored = read_config(folder / "config.toml")
+        # The run holds the placement as it was chosen, which the sweep may leave open.
+        wanted = with_placement(read_config(config, settings), stored.run.model_dump())
+        if stored != wanted:
             raise InputError(
                 f"{folder}: holds a run with other settings than those asked for now; give another "
                 "folder with --out, or remove that one"

@@ -237,9 +237,7 @@ def test_sweep_runs_a_grid_and_goes_on_where_it_stopped(tiny, cli):
     assert again["posterior_lppd"][1] != again["posterior_lppd"][0]
     kept = [path for path, stamp in stamps.items() if path.stat().st_mtime_ns == stamp]
     assert [path.parent.name for path in kept] == [rows["folder"][1]]
-    code, out, err = cli(
-        *arguments, "--seeds", "1", *quick, "run.group=1", "sampler.draws=6", cwd=tiny
-    )
+    code, out, err = cli(*arguments, "--seeds", "1", *quick, "sampler.draws=6", cwd=tiny)
     assert code == 2
     assert "holds a run with other settings" in err
 

@@ -6,11 +6,14 @@ import random
 import shutil
 import signal
 import time
+import tomllib
 
 import numpy as np
 import pytest
 import zarr
 from conftest import TINY, start_cli, write_tiny
+
+from bnnmcmc.calibration import Fast
 
 # Slow enough that every stage has several commits to be killed between.
 SETTINGS = [
@@ -150,6 +153,33 @@ def test_block_size_does_not_change_the_draws(tiny, undisturbed, here):
     ]
     assert len(blocks[0]) != len(blocks[1])
     assert_equal_runs(undisturbed, tiny / "run")
+
+
+def test_the_placement_is_chosen_once(tiny, here, monkeypatch):
+    """Stored with its reason, kept on another machine, and enough to repeat the run bit for bit."""
+    quick = ["sampler.warmup=100", "sampler.draws=10", "ensemble.members=4"]
+    code, _, err = here("run", "tiny.toml", "--out", "one", "--set", *quick, cwd=tiny)
+    assert code == 0, err
+    manifest = json.loads((tiny / "one" / "manifest.json").read_text())
+    stored = tomllib.loads((tiny / "one" / "config.toml").read_text())["run"]
+    assert (stored["mode"], stored["group"], stored["row_chunk"]) == ("map", 2, 48)
+    assert "in groups of 2" in manifest["placement"]
+    assert "caches" in manifest["placement_chosen"]
+    # A machine with so small a cache would choose chunks of rows, and no groups.
+    monkeypatch.setattr("bnnmcmc.calibration.caches", lambda cores: Fast(100, 0))
+    monkeypatch.setattr("bnnmcmc.calibration.MIN_CHUNK", 8)
+    code, _, err = here("resume", "one", "--draws", "10", cwd=tiny)
+    assert code == 0, err
+    now = json.loads((tiny / "one" / "manifest.json").read_text())
+    assert now["placement"] == manifest["placement"]
+    settings = ["sampler.draws=20", 'data.path="../table.csv"']
+    code, _, err = here("run", "one/config.toml", "--out", "two", "--set", *settings, cwd=tiny)
+    assert code == 0, err
+    assert_equal_runs(tiny / "one", tiny / "two")
+    code, _, err = here("run", "tiny.toml", "--out", "three", "--set", *quick, cwd=tiny)
+    assert code == 0, err
+    other = json.loads((tiny / "three" / "manifest.json").read_text())
+    assert "rows in chunks of 8" in other["placement"]
 
 
 def test_two_processes_cannot_work_on_one_run(tiny, cli):
