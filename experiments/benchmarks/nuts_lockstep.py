@@ -63,8 +63,8 @@ def measure(
     Returns
     -------
     dict
-        "funnel", "regression", "regression_large" and "airfoil": draws per second over all chains, speedup by wall
-        time and by CPU time; side by side also the utilisation (gradients made / gradients
+        "funnel", "regression", "regression_large" and "airfoil": draws per second over all
+        chains, speedup by wall time and by CPU time; side by side also the utilisation (gradients made / gradients
         possible, from the first tick to the last).
     """
     return {
