@@ -52,6 +52,8 @@ thin = 2
 
 [run]
 arviz = "none"
+mode = "map"
+group = 1
 """
 
 
