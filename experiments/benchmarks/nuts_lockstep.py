@@ -64,7 +64,8 @@ def measure(
     -------
     dict
         "funnel", "regression", "regression_large" and "airfoil": draws per second over all
-        chains, speedup by wall time and by CPU time; side by side also the utilisation (gradients made / gradients
+        "funnel", "regression", "regression_large" and "airfoil": draws per second over all chains,
+        speedup by wall
         possible, from the first tick to the last).
     """
     return {
