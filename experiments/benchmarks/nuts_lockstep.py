@@ -63,10 +63,9 @@ def measure(
     Returns
     -------
     dict
-        "funnel", "regression", "regression_large" and "airfoil": draws per second over all
         "funnel", "regression", "regression_large" and "airfoil": draws per second over all chains,
-        speedup by wall
-        possible, from the first tick to the last).
+        speedup by wall time and by CPU time; side by side also the utilisation (gradients made /
+        gradients possible, from the first tick to the last).
     """
     return {
         "funnel": side_by_side(funnel, (), draws),
