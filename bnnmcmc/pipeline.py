@@ -157,9 +157,9 @@ def start_run(
     stop = Stop(None if budget is None else time.monotonic() + budget, group)
     check_precision(config)
     preflight.check_free(folder)
-    posterior, placement = preflight.check_model(config, dataset, group)
+    draws = config.sampler.draws
+    posterior, placement = preflight.check_model(config, dataset, group, folder, draws)
     of = position_layout(posterior)
-    preflight.check_disk(folder, of, config.ensemble.members, config.sampler.draws)
     train, val, test = (len(p) for p in (dataset.train, dataset.validation, dataset.test))
     # With the placement as it was chosen: a resumed or repeated run shall not choose anew.
     config = with_placement(config, build.chosen_fields(config, dataset, placement))
@@ -266,10 +266,9 @@ def resume_run(
         done = sum(block["count"] for block in manifest["blocks"])
         if done < manifest["draws"] + draws:
             preflight.check_versions(folder, manifest, other_versions)
-        posterior, placement = preflight.check_model(config, dataset, group)
-        of = position_layout(posterior)
         left = manifest["draws"] + draws - done
-        preflight.check_disk(folder, of, manifest["chains"], left)
+        posterior, placement = preflight.check_model(config, dataset, group, folder, left)
+        of = position_layout(posterior)
         run_store = store.Store(folder, manifest, group)
         _remove_partial_files(folder)
         changes: dict[str, Any] = {"stopped": None, **_devices(placement)}

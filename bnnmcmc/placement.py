@@ -225,16 +225,6 @@ def over_chains(function: Callable[..., Any], placement: Placement, donate: bool
     )
 
 
-def least_of(value: jax.Array, placement: Placement) -> jax.Array:
-    """Return the smallest value of the chains that advance together, inside `over_chains`."""
-    return jax.lax.pmin(value, TOGETHER) if placement.together else value
-
-
-def any_of(value: jax.Array, placement: Placement) -> jax.Array:
-    """Return whether it is true for any of the chains that advance together."""
-    return jax.lax.pmax(value.astype(jnp.int32), TOGETHER) > 0 if placement.together else value
-
-
 def _fenced(function: Callable[..., Any]) -> Callable[..., Any]:
     """Keep XLA from fusing a function with what is around it.
 

@@ -42,17 +42,33 @@ NUTS_DEPTHS = (6, 9)
 
 
 def check_model(
-    config: Config, dataset: Dataset, group: Group | None = None
+    config: Config,
+    dataset: Dataset,
+    group: Group | None = None,
+    folder: Path | None = None,
+    draws: int = 0,
 ) -> tuple[Posterior, Placement]:
     """Build posterior and placement (of this process) and check them before any long work.
+
+    Parameters
+    ----------
+    config : Config
+    dataset : Dataset
+    group : Group, optional
+    folder : Path, optional
+        Where the draws will go, if they are to go anywhere.
+    draws : int
+        How many per chain.
 
     Raises
     ------
     InputError
-        A part cannot be built, shapes do not fit, the memory does not suffice, or the density is
+        A part cannot be built, shapes do not fit, disk or memory do not suffice, or the density is
         not finite at the start.
     """
     posterior = build.make_posterior(config, dataset.encoding)
+    if folder is not None:
+        check_disk(folder, position_layout(posterior), config.ensemble.members, draws)
     build.make_kernel(config)
     build.make_ensemble_optimiser(config)
     placement = build.make_placement(config, posterior, dataset, group)

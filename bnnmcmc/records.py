@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from bnnmcmc.placement import Placement, any_of, least_of
+from bnnmcmc.placement import TOGETHER
 from bnnmcmc.samplers.kernel import REDUCTIONS, Trajectories
 
 
@@ -121,14 +121,15 @@ def run_ahead(
     schedule: Schedule,
     capacity: int,
     log_density,
-    placement: Placement,
     in_use: Callable[[Any], Any],
     adapt: Callable[[Any, Any, Any, Any], Any],
 ):
-    """Advance a chain until it and all it advances with have records up to ``first + count``.
+    """Advance a chain until it and those it advances with have records up to ``first + count``.
 
     A chain that has them goes on, as long as its records ``first, first + 1, ...`` fit in
-    ``capacity`` rows.
+    ``capacity`` rows. Runs inside `over_chains`, for chains that advance together. The condition
+    to go on is one for all of them: else JAX would make each tick a choice between the old and the
+    new of everything, draws included.
 
     Parameters
     ----------
@@ -142,7 +143,6 @@ def run_ahead(
     schedule : Schedule
     capacity : int
     log_density : callable
-    placement : Placement
     in_use : callable
         ``in_use(parameters) -> params`` of a trajectory.
     adapt : callable
@@ -161,7 +161,7 @@ def run_ahead(
         return jnp.where(progress.steps == total, schedule.records, progress.steps // thin)
 
     def behind(loop):
-        return least_of(completed(loop[0][2]), placement) < first + count
+        return jax.lax.pmin(completed(loop[0][2]), TOGETHER) < first + count
 
     def tick(loop):
         (state, params, progress, flight), ticks = loop
@@ -172,7 +172,8 @@ def run_ahead(
             return parts.randomise(jax.random.fold_in(key, t), state.position)
 
         # Random numbers cost as much as a good part of a cheap gradient.
-        noise = jax.lax.cond(any_of(begins, placement), randomise, lambda: _zeros(randomise))
+        any_begins = jax.lax.pmax(begins.astype(jnp.int32), TOGETHER) > 0
+        noise = jax.lax.cond(any_begins, randomise, lambda: _zeros(randomise))
         trajectory = _select(begins, parts.begin(noise, state, used), flight.trajectory)
         busy = flight.busy | begins
         # All compute; the result counts for those with a trajectory that goes on.

@@ -152,28 +152,30 @@ def build_program(
         assert parts is not None
         return no_flight(parts, *chain)
 
+    def go_ahead(carry, key, first, count, data, schedule, capacity, in_use, adapt):
+        assert parts is not None
+        index, *inner = carry
+        inner, records = run_ahead(
+            parts,
+            jax.random.fold_in(key, index),
+            tuple(inner),
+            first,
+            count,
+            schedule,
+            capacity,
+            density_of(data),
+            in_use,
+            adapt,
+        )
+        return (index, *inner), records
+
     def warm_chain(carry, key, first, count, data):
         traces["warm"] += 1
-        density = density_of(data)
-        index, state, adaptation, progress, flight = carry
-        chain_key = jax.random.fold_in(key, index)
         if parts is not None:
-            assert warm_rules.in_use is not None
-            assert warm_rules.adapt is not None
-            inner, records = run_ahead(
-                parts,
-                chain_key,
-                (state, adaptation, progress, flight),
-                first,
-                count,
-                warm_schedule,
-                WARMUP_RECORDS,
-                density,
-                placement,
-                warm_rules.in_use,
-                warm_rules.adapt,
-            )
-            return (index, *inner), records
+            rules = warm_rules.in_use, warm_rules.adapt
+            return go_ahead(carry, key, first, count, data, warm_schedule, WARMUP_RECORDS, *rules)
+        index, state, adaptation, _, _ = carry
+        density, chain_key = density_of(data), jax.random.fold_in(key, index)
 
         def step(t, inner):
             state, adaptation = inner
@@ -197,24 +199,11 @@ def build_program(
 
     def draw_chain(carry, key, first, count, data):
         traces["draw"] += 1
-        density = density_of(data)
-        index, state, params, progress, flight = carry
-        chain_key = jax.random.fold_in(key, index)
         if parts is not None:
-            inner, records = run_ahead(
-                parts,
-                chain_key,
-                (state, params, progress, flight),
-                first,
-                count,
-                draw_schedule,
-                capacity,
-                density,
-                placement,
-                in_use=lambda params: params,
-                adapt=lambda params, state, info, t: params,
-            )
-            return (index, *inner), records
+            rules = (lambda params: params), (lambda params, state, info, t: params)
+            return go_ahead(carry, key, first, count, data, draw_schedule, capacity, *rules)
+        index, state, params, _, _ = carry
+        density, chain_key = density_of(data), jax.random.fold_in(key, index)
 
         def step(t, state):
             return kernel.step(jax.random.fold_in(chain_key, t), state, params, density)
@@ -243,6 +232,9 @@ def build_program(
 
 def start_chains(program: Program, positions: jax.Array, seed: int, data: tuple) -> Any:
     """Return the carry of all chains before the first warm-up step.
+
+    A carry is (index, state, adaptation or parameters, `Progress`, `Flight`), the last two None
+    for chains that do not run ahead.
 
     Parameters
     ----------
@@ -332,6 +324,7 @@ def run_blocks(
         # Slicing on the host, after one copy: slicing on the device would compile per length.
         kept, stats, ticks = gather(records, program.placement)
         seconds = time.monotonic() - begun
+        del records  # each copy of a block's draws goes as soon as there is the next one
         block = Block(
             first,
             n,
@@ -342,12 +335,14 @@ def run_blocks(
             seconds,
             ticks,
         )
+        del kept, stats
         first += n
         if compiled:  # the first call's time holds the compilation
             wanted = n * TARGET_SECONDS / max(seconds, 1e-6)
             count = int(np.clip(wanted, max(1, n // 4), 4 * n))
         compiled = True
         yield block
+        del block
 
 
 class Samples(NamedTuple):

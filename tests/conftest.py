@@ -52,8 +52,6 @@ thin = 2
 
 [run]
 arviz = "none"
-mode = "map"
-group = 1
 """
 
 
@@ -73,6 +71,17 @@ def start_cli(*arguments, cwd, **options):
         text=True,
         **options,
     )
+
+
+def assert_thinned(kept, every, thin):
+    """Check statistics (chain, record) of records of ``thin`` steps against those of each step."""
+    steps = {name: values.reshape(len(values), -1, thin) for name, values in every.items()}
+    np.testing.assert_array_equal(kept["gradients"], steps["gradients"].sum(-1))
+    np.testing.assert_array_equal(kept["diverging"], steps["diverging"].sum(-1))
+    np.testing.assert_array_equal(kept["tree_depth"], steps["tree_depth"].max(-1))
+    np.testing.assert_array_equal(kept["energy"], steps["energy"][..., -1])
+    rates = steps["acceptance_rate"].mean(-1)
+    np.testing.assert_allclose(kept["acceptance_rate"], rates, rtol=1e-5)
 
 
 @pytest.fixture(scope="session")

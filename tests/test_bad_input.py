@@ -240,7 +240,7 @@ def test_output_folder_in_use(tiny, finished):
 
 
 def test_too_many_draws_for_the_disk(tiny):
-    with pytest.raises(InputError, match=r" GB .*lower .*sampler\.draws"):
+    with pytest.raises(InputError, match=r"the draws need .* GB .*lower sampler\.draws"):
         start(tiny, "sampler.draws=1000000000000")
     assert not (tiny / "run").exists()
 

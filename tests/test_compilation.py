@@ -105,15 +105,15 @@ def in_process(script, *arguments, **environment):
 def test_a_second_process_compiles_nothing_and_draws_the_same(tmp_path):
     """On two devices, with donated buffers; the draws of executables from disk, bit for bit."""
     runs = []
-    for _ in range(2):
+    for _ in range(3):
         done = in_process(SCRIPT, XDG_CACHE_HOME=str(tmp_path))
         assert done.returncode == 0, done.stderr
         runs.append(json.loads(done.stdout))
-    (folder, cold, missed, digest), (_, warm, missed_again, digest_again) = runs
+    (folder, cold, missed, digest), (_, warm, missed_again, digest_again), (_, again, _, _) = runs
     assert folder == str(tmp_path / "bnnmcmc" / "jax")
     assert missed > 4
     assert missed_again == 0
-    assert warm < cold  # how much less is measured by the benchmarks
+    assert min(warm, again) < 0.1 * cold
     assert digest_again == digest
 
 

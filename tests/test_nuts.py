@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import assert_thinned
 from scipy import stats
 
 from bnnmcmc import trees
@@ -171,7 +172,7 @@ def test_a_tree_is_the_one_built_by_recursion(density, step_size):
 
 def test_states_are_drawn_with_their_probabilities():
     """One trajectory again and again, with other random numbers for the choice of the state."""
-    repeats, step_size, found = 20_000, 0.2, 0
+    repeats, step_size, found = 20_000, 0.25, 0
     with jax.enable_x64(True):
         params = HamiltonianParams(jnp.asarray(step_size), jnp.ones(SIZE))
 
@@ -180,9 +181,11 @@ def test_states_are_drawn_with_their_probabilities():
             return one_trajectory(gaussian, 6, tree, params)[1].position
 
         draw = jax.jit(jax.vmap(position, in_axes=(0, None)))
-        for seed in range(10):
+        root = jnp.asarray(np.linalg.cholesky(COVARIANCE))
+        for seed in range(8):
             key = jax.random.key(seed)
-            tree = begun(gaussian, key, jax.random.normal(key, (SIZE,)), params)
+            # A typical start and a coarse step: weights differ, and not only in the first's favour.
+            tree = begun(gaussian, key, root @ jax.random.normal(key, (SIZE,)), params)
             state = tree.whole.state
             momentum = np.asarray(tree.whole.momentum_sum)
             reference = Reference(gaussian, state, momentum, step_size, np.ones(SIZE))
@@ -265,19 +268,22 @@ def test_depth_acceptance_and_energy_have_the_law_of_blackjax(density, step_size
 # ------------------------------------------------------------------------------------ no lockstep
 
 LAYOUT = trees.layout(jnp.zeros(SIZE))
-STARTS = jnp.asarray(np.random.default_rng(0).normal(size=(5, SIZE)))
+STARTS = jnp.asarray(np.random.default_rng(0).normal(size=(16, SIZE)))
 KERNEL = nuts(max_depth=5, initial_step_size=0.2)
 
 
 @functools.cache
-def build(mode="vmap", group=1, **options):
+def build(mode="vmap", group=1, chains=5, **options):
     chosen = {"warmup": 60, "draws": 24, "thin": 1, **options}
-    return build_program(funnel, KERNEL, LAYOUT, place(5, mode=mode, group=group), **chosen)
+    return build_program(funnel, KERNEL, LAYOUT, place(chains, mode=mode, group=group), **chosen)
 
 
 def through(program, max_count=None, restart=None):
     """Run both stages; after every block, ``restart`` says what carry to go on with."""
-    carry, blocks = start_chains(program, STARTS, 3, ()), {"warmup": [], "sampling": []}
+    carry, blocks = (
+        start_chains(program, STARTS[: program.placement.chains], 3, ()),
+        {"warmup": [], "sampling": []},
+    )
     for stage, schedule in (("warmup", program.warmup), ("sampling", program.sampling)):
         if stage == "sampling":
             carry = finish_warmup(program, carry)
@@ -340,27 +346,26 @@ def test_draws_do_not_depend_on_blocks_restarts_or_the_room_to_run_ahead():
 def test_chains_do_not_wait_for_longer_trajectories():
     """And the more room there is, the fewer ticks are idle."""
     ticks = {}
-    for program in (build(capacity=1), build()):
+    for program in (build(chains=16, draws=48, capacity=3), build(chains=16, draws=48)):
         blocks = through(program)["sampling"]
         gradients = join_stats(blocks)["gradients"]
         per_chain = sum(block.ticks for block in blocks)
         assert np.all(gradients.sum(1) <= per_chain)
         ticks[program.capacity] = per_chain
-    shares = np.array_split(gradients, [3])  # chains 0 to 2 are on one device
-    assert np.all(ticks[1] >= ticks[24])
-    assert ticks[1].sum() > ticks[24].sum()
-    for share, found in zip(shares, np.array_split(ticks[24], [3]), strict=True):
+    assert np.all(ticks[3] >= ticks[48])
+    assert ticks[3].sum() > ticks[48].sum()
+    for share, found in zip(np.split(gradients, 2), np.split(ticks[48], 2), strict=True):
         # No tick of the chain with most gradients is idle.
         assert set(found) == {share.sum(1).max()}
         lockstep = share.max(axis=0).sum()
-        assert found[0] < 0.95 * lockstep
+        assert found[0] < 0.9 * lockstep
 
 
 def test_no_tick_copies_the_draws():
     """The loop's condition is one for all chains; else each tick would select every buffer."""
     program = build(capacity=7, draws=20)
     key, count, placement = jax.random.key(0), np.int32(1), program.placement
-    chains = spread((np.arange(5, dtype=np.int32), np.asarray(STARTS, np.float32)), placement)
+    chains = spread((np.arange(5, dtype=np.int32), np.asarray(STARTS[:5], np.float32)), placement)
 
     carry = program.finish(program.start(chains, key, ()))
     carry = (*carry[:4], program.depart(carry[1:3]))
@@ -374,16 +379,8 @@ def test_no_tick_copies_the_draws():
 def test_thinning_side_by_side():
     every, third = (values(through(build(draws=d, thin=t))) for d, t in ((24, 1), (8, 3)))
     np.testing.assert_array_equal(third["draws"], every["draws"][:, 2::3])
-
-    def groups(name):
-        return every[name].reshape(5, 8, 3)
-
-    np.testing.assert_array_equal(third["gradients"], groups("gradients").sum(-1))
-    np.testing.assert_array_equal(third["diverging"], groups("diverging").sum(-1))
-    np.testing.assert_array_equal(third["tree_depth"], groups("tree_depth").max(-1))
-    np.testing.assert_array_equal(third["energy"], groups("energy")[..., -1])
-    rates = groups("acceptance_rate").mean(-1)
-    np.testing.assert_allclose(third["acceptance_rate"], rates, rtol=1e-5)
+    names = ("gradients", "diverging", "tree_depth", "energy", "acceptance_rate")
+    assert_thinned(third, {name: every[name] for name in names}, 3)
     densities = jax.vmap(jax.vmap(funnel))(third["draws"])
     np.testing.assert_allclose(third["log_density"], densities, rtol=1e-4, atol=1e-5)
 
@@ -391,7 +388,7 @@ def test_thinning_side_by_side():
 def test_a_warm_up_that_ends_early_hands_over():
     """Chains are at different steps then, in the midst of trajectories."""
     program = build()
-    carry = start_chains(program, STARTS, 3, ())
+    carry = start_chains(program, STARTS[: program.placement.chains], 3, ())
     for block in run_blocks(program, "warmup", carry, 3, (), last=20):
         carry = block.carry
     steps = gather(carry[3].steps, program.placement)

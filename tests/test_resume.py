@@ -157,6 +157,7 @@ def test_block_size_does_not_change_the_draws(tiny, undisturbed, here):
 
 def test_the_placement_is_chosen_once(tiny, here, monkeypatch):
     """Stored with its reason, kept on another machine, and enough to repeat the run bit for bit."""
+    monkeypatch.setattr("bnnmcmc.calibration.caches", lambda cores: Fast(2**20, 2**24))
     quick = ["sampler.warmup=100", "sampler.draws=10", "ensemble.members=4"]
     code, _, err = here("run", "tiny.toml", "--out", "one", "--set", *quick, cwd=tiny)
     assert code == 0, err

@@ -216,7 +216,9 @@ def mile_warmup(step, num_steps, variance_start, variance_end, initial_step_size
         epsilon = a.params.step_size
         progress = jnp.minimum(t / max(end_moments - 1, 1), 1.0).astype(epsilon.dtype)
         wanted = variance_start * (1 - progress) + variance_end * progress
-        xi = info.energy_error_squared / wanted + 1e-8
+        # Times the reciprocal: XLA makes this of a division by what chains have in common, but not
+        # in programs for one device, whose draws would then be others than those of several.
+        xi = info.energy_error_squared * (1.0 / wanted) + 1e-8
         # A step taken back, or an error whose square overflows, says only that epsilon was too
         # large.
         failed = info.diverging | ~jnp.isfinite(xi)
