@@ -32,15 +32,16 @@ def free_port():
 
 def start_both(*arguments, cwd, count=2, **options):
     """Start the command line in several processes, which share the cores of this machine."""
-    port, cores, started = free_port(), sorted(os.sched_getaffinity(0)), []
-    try:
-        for i in range(count):
-            os.sched_setaffinity(0, cores[i::count] or cores)  # the process inherits it
-            where = "--coordinator", f"127.0.0.1:{port}", "--num-processes", count
-            started.append(start_cli(*arguments, *where, "--process-id", i, cwd=cwd, **options))
-    finally:
-        os.sched_setaffinity(0, cores)
-    return started
+    port = free_port()
+    return [
+        start_cli(
+            *arguments,
+            *("--coordinator", f"127.0.0.1:{port}", "--num-processes", count, "--process-id", i),
+            cwd=cwd,
+            **options,
+        )
+        for i in range(count)
+    ]
 
 
 def end_all(started):

@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 from conftest import assert_thinned
 
-from bnnmcmc import trees
+from bnnmcmc import likelihoods, priors, trees
 from bnnmcmc.errors import InputError
+from bnnmcmc.models.mlp import mlp
 from bnnmcmc.placement import gather, place, replicate, spread
+from bnnmcmc.posterior import Posterior
 from bnnmcmc.samplers.hmc import hmc
 from bnnmcmc.samplers.mclmc import mclmc
 from bnnmcmc.samplers.nuts import nuts
@@ -166,6 +168,33 @@ def test_a_chain_does_not_depend_on_its_neighbours_or_the_devices(reference):
     kernel, _, (blocks, _) = reference
     more, _ = through(build(kernel, chains=5, devices=jax.devices()[:1]))
     np.testing.assert_array_equal(draws_of(more)[:3], draws_of(blocks))
+
+
+@pytest.mark.parametrize("kernel", sorted(KERNELS))
+def test_groups_on_one_device_and_on_two_draw_the_same(kernel):
+    """XLA compiles programs for one device and for several in other ways; rounding must not show.
+
+    It did, where the tuning divided by what chains have in common.
+    """
+    rng = np.random.default_rng(0)
+    data = tuple(rng.normal(size=(48, size)).astype(np.float32) for size in (4, 1))
+    prior = priors.independent(priors.LeafPrior())
+    posterior = Posterior(mlp(4, (6,), 2, "tanh"), likelihoods.gaussian(), prior)
+    positions = jax.vmap(posterior.init)(jax.random.split(jax.random.key(0), 4))
+    found = [
+        sample_density(
+            posterior.log_density,
+            jax.tree.map(lambda leaf, count=2 * count: leaf[:count], positions),
+            kernel=KERNELS[kernel],
+            warmup=200,
+            draws=10,
+            data=data,
+            placement=place(2 * count, jax.devices()[:count], "map", 2),
+        )
+        for count in (1, 2)
+    ]
+    for one, two in zip(*(jax.tree.leaves(samples.draws) for samples in found), strict=True):
+        np.testing.assert_array_equal(one, two[:2])
 
 
 def test_a_chain_alone():
