@@ -160,14 +160,14 @@ def choose(
         # As even as can be: the last group would be filled up with copies.
         group = -(-per_device // -(-per_device // batch))
     sizes = f"caches of {fast.near / 2**20:.3g} and {fast.far / 2**20:.3g} MB a core"
-    reason = f"by {sizes if cpu else f'{fast.near / 2**30:.3g} GB of GPU memory'}"
+    reason = f"chosen by {sizes if cpu else f'{fast.near / 2**30:.3g} GB of GPU memory'}"
     return Placement(
         chains,
         used,
         mode,
         group,
         row_chunk=row_chunk if row_chunk < rows else None,
-        reason="set by hand" if by_hand else reason,
+        reason="as set in [run]" if by_hand else reason,
     )
 
 

@@ -35,7 +35,7 @@ from bnnmcmc.sampling import WARMUP_RECORDS, Program, build_program
 # What Python, JAX, its compiler and the compiled programs take before any data.
 BASE_BYTES = 550 * 2**20
 # ArviZ, SciPy and matplotlib, which come in for diagnostics and report.
-RESULT_BYTES = 250 * 2**20
+RESULT_BYTES = 450 * 2**20
 # A state lies on the devices, in the loop that changes it, gathered on the host, and twice in the
 # file that is being written.
 STATE_COPIES = 5

@@ -331,6 +331,8 @@ def _advance(job: Job) -> bool:
 
 def _advance_stages(job: Job) -> bool:
     _meet(job)
+    placed = f"Chains: {job.placement.describe()} ({job.placement.reason})"
+    job.console.print(placed, style="dim", highlight=False, markup=False, soft_wrap=True)
     for stage, work in (("ensemble", train_ensemble), ("warmup", warm_up), ("sampling", draw)):
         if job.manifest["stage"] != stage:
             continue

@@ -282,7 +282,7 @@ def print_estimate(
         f"{encoding.task} of {', '.join(t.name for t in encoding.targets)}{classes}",
         "split": f"{parts[0]} train, {parts[1]} validation, {parts[2]} test",
         "model": f"{cost.parameters} parameters; density and gradient are finite at the start",
-        "chains": f"{placement.describe()} (chosen {placement.reason})",
+        "chains": f"{placement.describe()} ({placement.reason})",
         "memory": _say_memory(cost.memory),
         "disk": f"{cost.disk / 1e6:.1f} MB of draws",
         "training": f"{duration(cost.epoch_seconds * cost.max_epochs)} at most "

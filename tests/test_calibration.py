@@ -89,7 +89,7 @@ def test_what_is_set_by_hand_stays(by_hand, expected):
 
 def test_a_choice_made_by_hand_says_so():
     whole = {"mode": "map", "group": 2, "row_chunk": 60}
-    assert choose(8, 60, 1000, devices=CORES, fast=CPU, **whole).reason == "set by hand"
+    assert choose(8, 60, 1000, devices=CORES, fast=CPU, **whole).reason == "as set in [run]"
     assert "caches of 1 and 16 MB" in choose(8, 60, 1000, devices=CORES, fast=CPU).reason
 
 
