@@ -67,7 +67,6 @@ def measure(settings: Settings) -> dict[str, Any]:
                     "activation": activation,
                     "chains": number,
                     "gflops": rates["ours"][0],
-                    "of_peak": rates["ours"][0] / peak["peak"],
                     "spread": rates["ours"][1],
                     "vmap_gflops": rates["vmap row-major"][0],
                     "vmap_sharded_gflops": rates["vmap row-major, sharded"][0],
@@ -75,8 +74,14 @@ def measure(settings: Settings) -> dict[str, Any]:
                     "microseconds_per_gradient": flops / rates["ours"][0] / 1e3,
                 }
             )
+    # Once more: on a machine that is disturbed one of both may be too small.
+    again = gemm_peak(settings.repeats, settings.quick)
+    peak = max(peak, again, key=lambda found: found["peak"])
+    for row in rows:
+        row["of_peak"] = row["gflops"] / peak["peak"]
     return {
         "rows": rows,
+        "gemm_peak_gflops": peak["peak"],
         "peak": peak,
         "copy_gb_per_second": copy_bandwidth(settings.repeats, settings.quick),
         "flops_per_gradient": flops,

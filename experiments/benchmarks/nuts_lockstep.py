@@ -13,6 +13,9 @@ Comparisons, each at equal numbers of draws, from the same starts, without compi
   N(0, 1) prior) on the airfoil data, each with its own warm-up. Ours runs as it does by default
   on these devices (on CPUs: chain by chain, on every core); blackjax runs once on the same
   log-density and once on that of an MLP written in the usual way, ``h @ W``.
+- small_networks: 256 chains side by side, MLP 5-8-2 on 300 rows of the same data, trees to depth 10,
+  each chain with its own warm-up, so that step sizes and trees differ. Settings were fixed before
+  the first measurement, and not changed after it.
 
 Seconds are wall time and, where a machine has other things to do, CPU time of this process.
 
@@ -22,6 +25,7 @@ Call: ``python experiments/benchmarks/nuts_lockstep.py path/to/airfoil.data``.
 import argparse
 import time
 from pathlib import Path
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -63,7 +67,7 @@ def measure(
     Returns
     -------
     dict
-        "funnel", "regression", "regression_large" and "airfoil": draws per second over all chains,
+        "funnel", "regression", "regression_large", "airfoil" and "small_networks": draws per second,
         speedup by wall time and by CPU time; side by side also the utilisation (gradients made /
         gradients possible, from the first tick to the last).
     """
@@ -72,6 +76,9 @@ def measure(
         "regression": side_by_side(regression, regression_data(1000), regression_draws),
         "regression_large": side_by_side(regression, regression_data(10_000), regression_draws),
         "airfoil": measure_mlp(data, mlp_draws, max_depth),
+        "small_networks": measure_mlp(
+            data, 200, 10, chains=256, warmup=200, hidden=(8,), most_rows=300, mode="vmap"
+        ),
     }
 
 
@@ -115,16 +122,24 @@ def side_by_side(density, data: tuple, draws: int) -> dict:
 
 
 def measure_mlp(
-    path: Path, draws: int, max_depth: int, chains: int = 10, warmup: int = 100
+    path: Path,
+    draws: int,
+    max_depth: int,
+    chains: int = 10,
+    warmup: int = 100,
+    hidden: tuple[int, ...] = HIDDEN,
+    most_rows: int | None = None,
+    mode: Literal["map", "vmap"] | None = None,
 ) -> dict:
     from bnnmcmc.samplers.nuts import nuts
 
     table = np.loadtxt(path)
     table = (table - table.mean(0)) / table.std(0)
     rows = np.random.default_rng(0).permutation(len(table))[: round(0.8 * len(table))]
+    rows = rows[:most_rows]
     x, y = (jnp.asarray(part, jnp.float32) for part in (table[rows, :-1], table[rows, -1:]))
     posterior = Posterior(
-        mlp(x.shape[1], HIDDEN, 2), likelihoods.gaussian(), priors.independent(priors.LeafPrior())
+        mlp(x.shape[1], hidden, 2), likelihoods.gaussian(), priors.independent(priors.LeafPrior())
     )
     positions = jax.vmap(posterior.init)(jax.random.split(jax.random.key(0), chains))
     starts = trees.flatten_stacked(positions)
@@ -143,20 +158,22 @@ def measure_mlp(
         fit = jax.scipy.stats.norm.logpdf(y, h[:, :1], sd).sum()
         return fit + jax.scipy.stats.norm.logpdf(flat).sum()
 
-    kernel, data = nuts(max_depth=max_depth), (x, y)
-    ours = run_ours(ours_density, kernel, starts, data, warmup, draws, place(chains))
+    kernel, data, placement = nuts(max_depth=max_depth), (x, y), place(chains, mode=mode)
+    ours = run_ours(ours_density, kernel, starts, data, warmup, draws, placement)
     results = {
         "chains": chains,
         "warmup": warmup,
         "draws": draws,
         "max_depth": max_depth,
         "parameters": starts.shape[1],
-        "placement": place(chains).describe(),
+        "placement": placement.describe(),
+        "utilisation": ours["utilisation"],
         "gradients": ours["gradients"],
         "draws_per_second": chains * (warmup + draws) / ours["seconds"],
     }
     for name, density in (("blackjax", ours_density), ("blackjax_row_major", plain_density)):
         found = run_blackjax(density, starts, data, warmup, draws, max_depth, 0.01)
+        results[f"{name}_utilisation"] = found["utilisation"]
         results[f"{name}_gradients"] = found["gradients"]
         results[f"{name}_draws_per_second"] = chains * (warmup + draws) / found["seconds"]
         results[f"{name}_speedup"] = found["seconds"] / ours["seconds"]

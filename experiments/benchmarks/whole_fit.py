@@ -43,7 +43,8 @@ def measure(settings: Settings) -> dict[str, Any]:
 
 def _row(what: str, gradients: int, found: dict[str, Any]) -> dict[str, Any]:
     names = ("seconds", "spread", "cpu_seconds", "lppd", "rmse", "kept_draws")
-    return {"what": what, "gradients_per_step": gradients} | {n: found[n] for n in names}
+    start = {"what": what, "gradients_per_step": gradients}
+    return start | {n: found[n] for n in names} | {"peak_mb": found["peak_bytes"] / 2**20}
 
 
 def fastest(found: list[dict[str, Any]]) -> dict[str, Any]:
@@ -139,7 +140,7 @@ def peer_fit(
     )
     found = json.loads((folder / "found.json").read_text())
     found |= {"wall_seconds": ended.seconds, "cpu_seconds": ended.cpu_seconds}
-    found["arguments"] = arguments
+    found |= {"peak_bytes": ended.peak_bytes, "arguments": arguments}
     kept.write_text(json.dumps(found))
     return found
 
