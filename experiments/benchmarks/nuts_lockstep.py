@@ -13,9 +13,9 @@ Comparisons, each at equal numbers of draws, from the same starts, without compi
   N(0, 1) prior) on the airfoil data, each with its own warm-up. Ours runs as it does by default
   on these devices (on CPUs: chain by chain, on every core); blackjax runs once on the same
   log-density and once on that of an MLP written in the usual way, ``h @ W``.
-- small_networks: 256 chains side by side, MLP 5-8-2 on 300 rows of the same data, trees to depth 10,
-  each chain with its own warm-up, so that step sizes and trees differ. Settings were fixed before
-  the first measurement, and not changed after it.
+- small_networks: 256 chains side by side, MLP 5-8-2 on 300 rows of the same data, trees to depth
+  10, each chain with its own warm-up, so that step sizes and trees differ. Settings were fixed
+  before the first measurement, and not changed after it.
 
 Seconds are wall time and, where a machine has other things to do, CPU time of this process.
 
@@ -67,8 +67,8 @@ def measure(
     Returns
     -------
     dict
-        "funnel", "regression", "regression_large", "airfoil" and "small_networks": draws per second,
-        speedup by wall time and by CPU time; side by side also the utilisation (gradients made /
+        "funnel", "regression", "regression_large", "airfoil", "small_networks": draws per second
+        over all chains, speedup by wall time and by CPU time, and the utilisation (gradients made /
         gradients possible, from the first tick to the last).
     """
     return {
