@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from bnnmcmc.run import sample as sample
     from bnnmcmc.samplers.hmc import hmc as hmc
     from bnnmcmc.samplers.kernel import Kernel as Kernel
+    from bnnmcmc.samplers.mams import mams as mams
     from bnnmcmc.samplers.mclmc import mclmc as mclmc
     from bnnmcmc.samplers.nuts import nuts as nuts
     from bnnmcmc.sampling import Samples as Samples
@@ -70,6 +71,7 @@ _HOMES = {
     "hmc": "samplers.hmc.hmc",
     "independent_prior": "priors.independent",
     "make_optimiser": "ensemble.make_optimiser",
+    "mams": "samplers.mams.mams",
     "mclmc": "samplers.mclmc.mclmc",
     "mlp": "models.mlp.mlp",
     "normal_prior": "priors.normal",

@@ -137,7 +137,7 @@ def make_posterior(config: Config, encoding: Encoding) -> Posterior:
 
 def make_kernel(config: Config) -> Kernel:
     """Build the kernel with the options of [sampler]."""
-    common = {"kernel", "rows", "warmup", "draws", "thin"}
+    common = {"kernel", "rows", "leaves", "warmup", "draws", "thin"}
     return KERNELS[config.sampler.kernel](**config.sampler.model_dump(exclude=common))
 
 
@@ -199,6 +199,18 @@ def chosen_fields(config: Config, dataset: Dataset, placement: Placement) -> dic
         # As many rows as there are: all at once.
         "row_chunk": placement.row_chunk or len(sampling_rows(config, dataset)[0]),
     }
+
+
+def sampled_size(config: Config, of: trees.Layout) -> int:
+    """Return how many parameters are sampled; the others stay at the ensemble's values.
+
+    Raises
+    ------
+    InputError
+        sampler.leaves does not fit the leaves that there are.
+    """
+    chosen = trees.chosen_leaves(config.sampler.leaves, of)
+    return of.size if chosen is None else int(trees.part(np.zeros(of.size), of, chosen).size)
 
 
 def sampling_rows(config: Config, dataset: Dataset) -> tuple[Any, Any]:

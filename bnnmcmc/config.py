@@ -229,6 +229,11 @@ class SamplerSection(Section):
     rows: Literal["train+validation", "train"] = Field(
         default="train+validation", description="the rows the posterior conditions on"
     )
+    leaves: list[str] = Field(
+        default=[],
+        description="regular expressions for names of the leaves to sample, such as 'layer2|bias'; "
+        "the others stay at the ensemble's values; [] for all",
+    )
 
 
 class MCLMCConfig(SamplerSection):
@@ -239,6 +244,25 @@ class MCLMCConfig(SamplerSection):
     draws: int = Field(default=1000, ge=1, description="kept draws per chain")
     thin: int = Field(default=10, ge=1, description="steps per kept draw")
     integrator: Literal["leapfrog", "minimal_norm"] = "leapfrog"
+    energy_variance_start: float = Field(default=5.0, gt=0)
+    energy_variance_end: float = Field(default=0.05, gt=0)
+    initial_step_size: float = Field(default=0.005, gt=0)
+    tuning: Literal["averaged", "mile"] = Field(
+        default="averaged", description='"mile": as published, for comparison'
+    )
+
+
+class MAMSConfig(SamplerSection):
+    """[sampler] kernel = "mams": microcanonical, Metropolis-adjusted."""
+
+    kernel: Literal["mams"]
+    warmup: int = Field(default=5000, ge=0, description="warm-up steps per chain")
+    draws: int = Field(default=500, ge=1, description="kept draws per chain")
+    thin: int = Field(default=1, ge=1, description="steps per kept draw")
+    integrator: Literal["leapfrog", "minimal_norm"] = "leapfrog"
+    jitter: float = Field(default=0.5, ge=0, lt=1)
+    max_steps: int = Field(default=128, ge=1, description="most steps of a trajectory, on average")
+    target_acceptance: float = Field(default=0.9, gt=0, lt=1)
     energy_variance_start: float = Field(default=5.0, gt=0)
     energy_variance_end: float = Field(default=0.05, gt=0)
     initial_step_size: float = Field(default=0.005, gt=0)
@@ -267,6 +291,9 @@ class HMCConfig(SamplerSection):
     jitter: float = Field(default=0.5, ge=0, lt=1)
     target_acceptance: float = Field(default=0.8, gt=0, lt=1)
     initial_step_size: float = Field(default=0.01, gt=0)
+
+
+SAMPLERS = {"mclmc": MCLMCConfig, "mams": MAMSConfig, "nuts": NUTSConfig, "hmc": HMCConfig}
 
 
 class RunConfig(Section):
@@ -311,9 +338,9 @@ class Config(Section):
     likelihood: LikelihoodConfig = LikelihoodConfig()
     prior: PriorConfig = PriorConfig()
     ensemble: EnsembleConfig = EnsembleConfig()
-    sampler: Annotated[MCLMCConfig | NUTSConfig | HMCConfig, Field(discriminator="kernel")] = (
-        MCLMCConfig()
-    )
+    sampler: Annotated[
+        MCLMCConfig | MAMSConfig | NUTSConfig | HMCConfig, Field(discriminator="kernel")
+    ] = MCLMCConfig()
     run: RunConfig = RunConfig()
 
     @property
@@ -366,7 +393,7 @@ def _one_line_per_field(sentences: list[str]) -> list[str]:
 
 
 def _sentence(error: Any, tables: dict) -> str:
-    kernels = ("mclmc", "nuts", "hmc")
+    kernels = tuple(SAMPLERS)
     path = [str(p) for p in error["loc"]]
     if len(path) > 1 and path[0] == "sampler" and path[1] in kernels:
         path.pop(1)
@@ -399,7 +426,7 @@ def _known_keys(path: Sequence[str], tables: dict) -> list[str]:
     for part in path:
         if part == "sampler":
             kernel = tables["sampler"].get("kernel", "mclmc")
-            model = {"mclmc": MCLMCConfig, "nuts": NUTSConfig, "hmc": HMCConfig}[kernel]
+            model = SAMPLERS[kernel]
             continue
         if part not in model.model_fields:
             continue  # a name of the user's own, such as a layer

@@ -172,13 +172,10 @@ def _at_work(placement: Placement) -> int:
 def _activations(posterior: Posterior, dataset: Dataset) -> Callable[[int], float]:
     """Return the function from a number of rows to the bytes a gradient over them keeps."""
     x, y = posterior.arrays(dataset.x[:2], dataset.y[:2])
-    # Tables may be filled up to whole registers: two larger ones tell the cost of a row.
-    shapes = [
-        [jax.ShapeDtypeStruct((rows, *a.shape[1:]), a.dtype) for a in (x, y)]
-        for rows in (1024, 2048)
-    ]
-    small, large = (activation_bytes(posterior, *pair) for pair in shapes)
-    return lambda rows: small + max(0, rows - 1024) * (large - small) / 1024
+    # Tables may be filled up to whole registers: a larger one tells the cost of a row.
+    shapes = [jax.ShapeDtypeStruct((1024, *a.shape[1:]), a.dtype) for a in (x, y)]
+    per_row = activation_bytes(posterior, *shapes) / 1024
+    return lambda rows: max(rows, 1024) * per_row
 
 
 def _state_bytes(program: Program) -> int:

@@ -189,6 +189,7 @@ def start_run(
         "placement_chosen": placement.reason,
         "chains": config.ensemble.members,
         "parameters": of.size,
+        "sampled": build.sampled_size(config, of),
         "leaves": dict(zip(of.names, map(list, of.shapes), strict=True)),
         "kernel": config.sampler.kernel,
         "warmup": config.sampler.warmup,
@@ -700,6 +701,7 @@ def _sampler(job: Job, data) -> Ahead:
             warmup=steps[0],
             draws=steps[1],
             thin=steps[2],
+            chosen=trees.chosen_leaves(job.config.sampler.leaves, job.layout),
         )
         needed = ("draw",) if job.manifest["stage"] == "sampling" else FUNCTIONS
         job.samplers[steps] = Ahead(program, data, needed)
@@ -711,7 +713,9 @@ def _begin_warmup(job: Job, sampler: Ahead, data) -> tuple[Any, int, dict[str, n
     entry = job.manifest["checkpoint"]
     if entry is None:
         members, _ = read_members(job.store.folder, job.manifest, job.layout)
-        check_finite(job.posterior, members, *data)
+        # The very arrays that the start was checked on: the check is compiled already.
+        rows = job.posterior.arrays(*build.sampling_rows(job.config, job.dataset))
+        check_finite(job.posterior, members, *rows)
         positions = trees.flatten_stacked(_own(job, members))
         return start_chains(sampler.program, positions, job.seed, data), 0, None
     shapes, done = sampler.shapes, entry["position"]

@@ -17,9 +17,12 @@ AXIS = "chain"
 # Name of the axis of chains that advance together, inside of `over_chains`.
 TOGETHER = "together"
 
+# LLVM's higher levels make loops no faster here, and take up to four times as long to compile what
+# draws random numbers.
+QUICK = {"xla_backend_optimization_level": 1}
 # Half of XLA's CPU code is activations and random numbers, which whole AVX-512 registers halve
 # where there are any; elsewhere the option has no effect.
-COMPILER_OPTIONS = {"xla_cpu_prefer_vector_width": "512"}
+COMPILER_OPTIONS = {**QUICK, "xla_cpu_prefer_vector_width": "512"}
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -277,22 +278,21 @@ def check_finite(posterior: Posterior, positions: Any, x, y, label: str = "chain
         finite = jnp.isfinite(jnp.asarray(leaf).reshape(len(leaf), -1)).all(axis=1)
         _refuse(~finite, label, f"{name} holds a NaN or an infinity")
 
-    @jax.jit
-    def parts(positions, x, y):
-        def one(position):
-            gradient = jax.grad(posterior.log_density)(position, x, y)
-            largest = jnp.stack([jnp.abs(g).sum() for g in jax.tree.leaves(gradient)]).sum()
-            return (
-                posterior.log_prior(position),
-                posterior.log_likelihood(position, x, y),
-                largest,
-            )
-
-        return jax.lax.map(one, positions)
-
     names = ("log prior", "log-likelihood", "gradient of the log-density")
-    for name, values in zip(names, parts(positions, x, y), strict=True):
+    for name, values in zip(names, _parts(posterior, positions, x, y), strict=True):
         _refuse(~jnp.isfinite(values), label, f"the {name} is not finite")
+
+
+@partial(jax.jit, static_argnums=0)
+def _parts(posterior: Posterior, positions: Any, x, y):
+    """Return log prior, log-likelihood and the gradient's largeness at every position."""
+
+    def one(position):
+        gradient = jax.grad(posterior.log_density)(position, x, y)
+        largest = jnp.stack([jnp.abs(g).sum() for g in jax.tree.leaves(gradient)]).sum()
+        return posterior.log_prior(position), posterior.log_likelihood(position, x, y), largest
+
+    return jax.lax.map(one, positions)
 
 
 def _refuse(bad: jax.Array, label: str, what: str) -> None:

@@ -7,6 +7,7 @@ import importlib.metadata
 import platform
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,7 +26,7 @@ from bnnmcmc.ensemble import build_training, run_epochs, start_members
 from bnnmcmc.errors import InputError
 from bnnmcmc.keys import stage_key
 from bnnmcmc.memory import Need, available_memory, check_memory, memory_need
-from bnnmcmc.placement import Placement, replicate, spread
+from bnnmcmc.placement import QUICK, Placement, replicate, spread
 from bnnmcmc.posterior import Posterior, check_finite
 from bnnmcmc.processes import Group
 from bnnmcmc.progress import duration
@@ -71,15 +72,22 @@ def check_model(
         check_disk(folder, position_layout(posterior), config.ensemble.members, draws)
     build.make_kernel(config)
     build.make_ensemble_optimiser(config)
+    build.sampled_size(config, position_layout(posterior))
     placement = build.make_placement(config, posterior, dataset, group)
     posterior = replace(posterior, row_chunk=placement.row_chunk)
     check_memory(need(config, dataset, posterior, placement), placement)
     x, y = posterior.arrays(*build.sampling_rows(config, dataset))
     key = stage_key(config.run.seed, "ensemble-init")
     count = min(config.ensemble.members, CHECKED_STARTS)
-    starts = jax.jit(jax.vmap(lambda i: posterior.init(jax.random.fold_in(key, i))))
+    starts = _starts(posterior, key)
     check_finite(posterior, starts(jnp.arange(count)), x, y, label="member")
     return posterior, placement
+
+
+def _starts(posterior: Posterior, key: jax.Array) -> Callable[[jax.Array], Any]:
+    """Return the function from the numbers of members to their first positions."""
+    each = jax.vmap(lambda i: posterior.init(jax.random.fold_in(key, i)))
+    return jax.jit(each, compiler_options=QUICK)
 
 
 def need(config: Config, dataset: Dataset, posterior: Posterior, placement: Placement) -> Need:
@@ -156,6 +164,8 @@ class Estimate(NamedTuple):
     ----------
     parameters : int
         Of one network and its likelihood.
+    sampled : int
+        How many of these are sampled.
     memory : Need
         At most, by stage.
     disk : float
@@ -171,6 +181,7 @@ class Estimate(NamedTuple):
     """
 
     parameters: int
+    sampled: int
     memory: Need
     disk: float
     epoch_seconds: float
@@ -206,11 +217,16 @@ def estimate(
             gradients = (steps * per_step,) * 2
         case "hmc":
             gradients = (steps * sampler.num_leapfrog,) * 2
+        case "mams":
+            # The unadjusted part of the warm-up takes one or two gradients a step.
+            longest = sampler.max_steps * (1 if sampler.integrator == "leapfrog" else 2)
+            gradients = (steps, steps * longest)
         case "nuts":
             depths = [min(depth, sampler.max_depth) for depth in NUTS_DEPTHS]
             gradients = (steps * (2 ** depths[0] - 1), steps * (2 ** depths[1] - 1))
     return Estimate(
         of.size,
+        build.sampled_size(config, of),
         need(config, dataset, posterior, placement),
         draw_bytes(of, config.ensemble.members, sampler.draws),
         epoch,
@@ -246,7 +262,7 @@ def _gradient_seconds(config, dataset, posterior, placement, of) -> float:
     data = replicate(posterior.arrays(*rows), placement)
     compiled = gradient_walk(posterior, of, placement)
     key = stage_key(config.run.seed, "ensemble-init")
-    starts = jax.jit(jax.vmap(lambda i: posterior.init(jax.random.fold_in(key, i))))
+    starts = _starts(posterior, key)
     flat = spread(trees.flatten_stacked(starts(jnp.arange(placement.chains))), placement)
     jax.block_until_ready(compiled(flat, np.int32(1), *data))
     count, seconds = 1, 0.0
@@ -277,11 +293,13 @@ def print_estimate(
     steps = sampler.warmup + sampler.draws * sampler.thin
     encoding = dataset.encoding
     classes = f", {len(encoding.classes)} classes" if encoding.classes else ""
+    part = f", {cost.sampled} of them sampled" if cost.sampled < cost.parameters else ""
     lines = {
         "data": f"{dataset.name}: {len(dataset.x)} rows, {dataset.x.shape[1]} features, "
         f"{encoding.task} of {', '.join(t.name for t in encoding.targets)}{classes}",
         "split": f"{parts[0]} train, {parts[1]} validation, {parts[2]} test",
-        "model": f"{cost.parameters} parameters; density and gradient are finite at the start",
+        "model": f"{cost.parameters} parameters{part}; density and gradient are finite at the "
+        "start",
         "chains": f"{placement.describe()} ({placement.reason})",
         "memory": _say_memory(cost.memory),
         "disk": f"{cost.disk / 1e6:.1f} MB of draws",

@@ -380,7 +380,7 @@ def sample(
     **options
         As in `sample_density`: kernel ("mclmc" if not given), warmup, draws, thin, seed,
         placement (chosen by the sizes of the problem if not given, see `calibration.choose`),
-        on_block.
+        on_block, leaves.
 
     Returns
     -------

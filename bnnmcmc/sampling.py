@@ -10,7 +10,7 @@ Chains of a kernel with trajectories that advance side by side do not wait for o
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -75,6 +75,7 @@ class Program(NamedTuple):
     sampling: Schedule
     capacity: int
     runs_ahead: bool
+    chosen: tuple[bool, ...] | None
     start: Any
     depart: Any
     warm: Any
@@ -93,6 +94,7 @@ def build_program(
     draws: int,
     thin: int,
     capacity: int | None = None,
+    chosen: tuple[bool, ...] | None = None,
 ) -> Program:
     """Compile (on first use) what is needed to sample a density.
 
@@ -109,6 +111,8 @@ def build_program(
     capacity : int
         Most draws in one call, and how many of its draws a chain may be ahead of the others;
         chosen by memory if not given.
+    chosen : tuple of bool, optional
+        Which leaves are sampled (`trees.chosen_leaves`); the others stay where the chain starts.
 
     Returns
     -------
@@ -133,14 +137,20 @@ def build_program(
         capacity = int(np.clip(capacity, 1, max(draws, 1)))
     traces = {"start": 0, "warm": 0, "finish": 0, "draw": 0}
 
-    def density_of(data):
-        return lambda flat: log_density(unravel(flat), *data)
+    def density_of(data, fixed):
+        if chosen is None:
+            return lambda flat: log_density(unravel(flat), *data)
+        return lambda free: log_density(unravel(trees.join(free, fixed, of, chosen)), *data)
 
     def start_chain(chain, key, data):
         traces["start"] += 1
         index, position = chain
-        state = kernel.init(jax.random.fold_in(key, index), position, density_of(data))
-        adaptation = warm_rules.init(position)
+        fixed = None
+        if chosen is not None:
+            fixed = trees.part(position, of, [not use for use in chosen])
+            position = trees.part(position, of, chosen)
+        state = kernel.init(jax.random.fold_in(key, index), position, density_of(data, fixed))
+        adaptation, index = warm_rules.init(position), (index, fixed)
         if parts is None:
             return index, state, adaptation, None, None
         assert warm_rules.in_use is not None
@@ -154,7 +164,7 @@ def build_program(
 
     def go_ahead(carry, key, first, count, data, schedule, capacity, in_use, adapt):
         assert parts is not None
-        index, *inner = carry
+        (index, fixed), *inner = carry
         inner, records = run_ahead(
             parts,
             jax.random.fold_in(key, index),
@@ -163,19 +173,19 @@ def build_program(
             count,
             schedule,
             capacity,
-            density_of(data),
+            density_of(data, fixed),
             in_use,
             adapt,
         )
-        return (index, *inner), records
+        return ((index, fixed), *inner), records
 
     def warm_chain(carry, key, first, count, data):
         traces["warm"] += 1
         if parts is not None:
             rules = warm_rules.in_use, warm_rules.adapt
             return go_ahead(carry, key, first, count, data, warm_schedule, WARMUP_RECORDS, *rules)
-        index, state, adaptation, _, _ = carry
-        density, chain_key = density_of(data), jax.random.fold_in(key, index)
+        (index, fixed), state, adaptation, _, _ = carry
+        density, chain_key = density_of(data, fixed), jax.random.fold_in(key, index)
 
         def step(t, inner):
             state, adaptation = inner
@@ -187,7 +197,7 @@ def build_program(
         (state, adaptation), records = record_steps(
             step, (state, adaptation), first, count, warm_schedule, WARMUP_RECORDS
         )
-        return (index, state, adaptation, None, None), (*records, None)
+        return ((index, fixed), state, adaptation, None, None), (*records, None)
 
     def finish_chain(carry):
         traces["finish"] += 1
@@ -202,8 +212,8 @@ def build_program(
         if parts is not None:
             rules = (lambda params: params), (lambda params, state, info, t: params)
             return go_ahead(carry, key, first, count, data, draw_schedule, capacity, *rules)
-        index, state, params, _, _ = carry
-        density, chain_key = density_of(data), jax.random.fold_in(key, index)
+        (index, fixed), state, params, _, _ = carry
+        density, chain_key = density_of(data, fixed), jax.random.fold_in(key, index)
 
         def step(t, state):
             return kernel.step(jax.random.fold_in(chain_key, t), state, params, density)
@@ -211,7 +221,7 @@ def build_program(
         state, records = record_steps(
             step, state, first, count, draw_schedule, capacity, keep=lambda state: state.position
         )
-        return (index, state, params, None, None), (*records, None)
+        return ((index, fixed), state, params, None, None), (*records, None)
 
     return Program(
         kernel,
@@ -221,6 +231,7 @@ def build_program(
         draw_schedule,
         capacity,
         parts is not None,
+        chosen,
         over_chains(start_chain, placement),
         over_chains(depart_chain, placement),
         over_chains(warm_chain, placement, donate=True),
@@ -233,8 +244,8 @@ def build_program(
 def start_chains(program: Program, positions: jax.Array, seed: int, data: tuple) -> Any:
     """Return the carry of all chains before the first warm-up step.
 
-    A carry is (index, state, adaptation or parameters, `Progress`, `Flight`), the last two None
-    for chains that do not run ahead.
+    A carry is ((index, fixed part of the position or None), state, adaptation or parameters,
+    `Progress`, `Flight`), the last two None for chains that do not run ahead.
 
     Parameters
     ----------
@@ -323,6 +334,10 @@ def run_blocks(
         carry, records = advance(carry, key, np.int32(first), np.int32(n), data)
         # Slicing on the host, after one copy: slicing on the device would compile per length.
         kept, stats, ticks = gather(records, program.placement)
+        if kept is not None and program.chosen is not None:
+            fixed = gather(carry[0][1], program.placement)
+            fixed = np.broadcast_to(fixed[:, None], (*kept.shape[:2], fixed.shape[-1]))
+            kept = trees.join(kept, fixed, program.layout, program.chosen)
         seconds = time.monotonic() - begun
         del records  # each copy of a block's draws goes as soon as there is the next one
         block = Block(
@@ -385,6 +400,7 @@ def sample_density(
     data: tuple = (),
     placement: Placement | None = None,
     on_block: Callable[[str, Block, Schedule], None] | None = None,
+    leaves: Sequence[str] = (),
 ) -> Samples:
     """Sample any log-density over a pytree with one chain per start position.
 
@@ -407,6 +423,9 @@ def sample_density(
         Where the chains run; chosen from the devices at hand if not given.
     on_block : callable
         ``on_block(stage, block, schedule)`` after each block, for progress.
+    leaves : sequence of str
+        Sample only the leaves in whose dotted names one of these regular expressions is found;
+        the others stay at each chain's start position. All if not given.
 
     Returns
     -------
@@ -450,7 +469,14 @@ def sample_density(
         )
     chosen = kernel_named(kernel)
     program = build_program(
-        log_density, chosen, of, placement, warmup=warmup, draws=draws, thin=thin
+        log_density,
+        chosen,
+        of,
+        placement,
+        warmup=warmup,
+        draws=draws,
+        thin=thin,
+        chosen=trees.chosen_leaves(leaves, of),
     )
     data = replicate(data, placement)
     carry = start_chains(program, trees.flatten_stacked(positions), seed, data)

@@ -45,7 +45,7 @@ batch_size = {batch_size}
 patience = 200                 # epochs without a better validation loss
 
 [sampler]
-kernel = "mclmc"               # or nuts, hmc: exact, and many times dearer
+kernel = "mclmc"               # or mams, nuts, hmc: exact, and many times dearer
 warmup = 10000                 # steps per chain
 draws = 1000                   # kept per chain
 thin = 10                      # steps per kept draw

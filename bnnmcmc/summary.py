@@ -61,7 +61,7 @@ def print_summary(console: Console, folder: Path) -> None:
         f"{manifest['task']} of {', '.join(data['targets'])}{classes}",
         "split": f"{data['train']} train, {data['validation']} validation, {data['test']} test; "
         f"the posterior conditions on {_sampled_on(data)}",
-        "chains": f"{manifest['placement']}; {manifest['parameters']} parameters each",
+        "chains": f"{manifest['placement']}; {_parameters(manifest)}",
         "sampler": f"{manifest['kernel']}, {manifest['warmup']} warm-up steps, "
         f"{_draws_done(manifest)} draws per chain"
         + (f" (one every {manifest['thin']} steps)" if manifest["thin"] > 1 else ""),
@@ -83,6 +83,11 @@ def print_summary(console: Console, folder: Path) -> None:
     }
     console.print()
     _print_pairs(console, {k: v for k, v in files.items() if k != "report" or Path(v).exists()})
+
+
+def _parameters(manifest: dict[str, Any]) -> str:
+    size, sampled = manifest["parameters"], manifest.get("sampled", manifest["parameters"])
+    return f"{size} parameters each" + (f", {sampled} of them sampled" if sampled < size else "")
 
 
 def print_diagnostics(

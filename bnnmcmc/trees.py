@@ -1,5 +1,6 @@
 """Pytrees of arrays: leaf names, flat vectors, stacking, finite checks."""
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -66,6 +67,65 @@ def split_flat(flat: Any, of: Layout) -> list[Any]:
         leaves.append(flat[..., start:stop].reshape(flat.shape[:-1] + shape))
         start = stop
     return leaves
+
+
+def chosen_leaves(patterns: Sequence[str], of: Layout) -> tuple[bool, ...] | None:
+    """Return for every leaf whether one of the patterns is found in its name.
+
+    Parameters
+    ----------
+    patterns : sequence of str
+        Regular expressions (`re.search`), such as ``"bias"`` or ``"layer3|likelihood"``. None at
+        all chooses every leaf.
+    of : Layout
+
+    Returns
+    -------
+    tuple of bool, or None
+        None if every leaf is chosen.
+
+    Raises
+    ------
+    InputError
+        No regular expression, or one that is found in no name.
+    """
+    chosen = [False] * len(of.names)
+    for pattern in patterns:
+        try:
+            found = [re.search(pattern, name) is not None for name in of.names]
+        except re.error as error:
+            raise InputError(
+                f"sampler.leaves: {pattern!r} is no regular expression: {error}"
+            ) from error
+        if not any(found):
+            raise InputError(
+                f"sampler.leaves: {pattern!r} is found in no leaf's name; there are "
+                f"{', '.join(of.names)}"
+            )
+        chosen = [a or b for a, b in zip(chosen, found, strict=True)]
+    return None if all(chosen) or not patterns else tuple(chosen)
+
+
+def part(flat: Any, of: Layout, chosen: Sequence[bool]) -> Any:
+    """Return the chosen leaves' part of ``(..., size)``, as one array."""
+    xp = np if isinstance(flat, np.ndarray) else jnp
+    pieces, start = [flat[..., :0]], 0
+    for shape, use in zip(of.shapes, chosen, strict=True):
+        stop = start + int(np.prod(shape))
+        pieces += [flat[..., start:stop]] if use else []
+        start = stop
+    return xp.concatenate(pieces, axis=-1)
+
+
+def join(free: Any, fixed: Any, of: Layout, chosen: Sequence[bool]) -> Any:
+    """Return ``(..., size)`` from the part that is chosen and the part that is not."""
+    xp = np if isinstance(free, np.ndarray) else jnp
+    pieces, at = [], [0, 0]
+    for shape, use in zip(of.shapes, chosen, strict=True):
+        start = at[use]
+        at[use] = stop = start + int(np.prod(shape))
+        pieces.append((free if use else fixed)[..., start:stop])
+    return xp.concatenate(pieces, axis=-1)
 
 
 def unflatten(flat: Any, of: Layout) -> Any:

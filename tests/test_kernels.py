@@ -162,6 +162,14 @@ OUT_OF_RANGE = [
     ("mclmc", "energy_variance_start", 0.0),
     ("mclmc", "energy_variance_end", -1.0),
     ("mclmc", "initial_step_size", float("nan")),
+    ("mclmc", "tuning", "best"),
+    ("mams", "integrator", "euler"),
+    ("mams", "jitter", 1.0),
+    ("mams", "max_steps", 0),
+    ("mams", "target_acceptance", 1.0),
+    ("mams", "energy_variance_start", 0.0),
+    ("mams", "energy_variance_end", -1.0),
+    ("mams", "initial_step_size", 0.0),
     ("nuts", "max_depth", 0),
     ("nuts", "max_depth", 21),
     ("nuts", "target_acceptance", 1.0),
@@ -189,7 +197,9 @@ def test_kernels_by_name():
     assert kernel_named("nuts").name == "nuts"
     made = hmc(num_leapfrog=3)
     assert kernel_named(made) is made
-    with pytest.raises(InputError, match="kernel: found 'gibbs', expected one of mclmc, nuts, hmc"):
+    with pytest.raises(
+        InputError, match="kernel: found 'gibbs', expected one of mclmc, mams, nuts, hmc"
+    ):
         kernel_named("gibbs")
 
 
@@ -299,9 +309,11 @@ def test_mclmc_reaches_the_wanted_energy_variance(end):
     kernel = mclmc(energy_variance_start=5.0, energy_variance_end=end)
     run = jax.vmap(chain(kernel, round_gaussian, warmup=2000, steps=1000), in_axes=(0, None))
     _, _, _, (_, infos) = jax.jit(run)(jax.random.split(jax.random.key(0), 16), jnp.full(100, 0.5))
-    # Each chain's step size is the last of a fluctuating sequence, and enters to the sixth power.
     each = infos.energy_error_squared.mean(axis=1)
-    assert end / 1.5 < np.median(each) < end * 1.5
+    assert end / 1.2 < np.mean(each) < end * 1.2
+    # Every chain, and not only all together: the step size enters to the sixth power.
+    assert end / 3 < each.min()
+    assert each.max() < 3 * end
 
 
 def cliff(position):
@@ -335,10 +347,12 @@ def test_mclmc_cut_short_hands_over_a_step_size_for_the_final_energy_variance():
     assert infos.step_size[500] > 1.5 * full  # what it was using
 
 
-def test_mile_tuning_follows_the_published_rules():
+@pytest.mark.parametrize("tuning", ["mile", "averaged"])
+def test_tuning_follows_its_rules(tuning):
     """Replay the warm-up in NumPy from its energy errors and positions alone."""
     n, start, end, first, d = 600, 5.0, 0.05, 0.005, 3
-    kernel = mclmc(energy_variance_start=start, energy_variance_end=end, initial_step_size=first)
+    published = tuning == "mile"
+    kernel = mclmc("leapfrog", start, end, first, tuning)
     _, (states, infos, _), params, _ = jax.jit(chain(kernel, warmup=n, steps=1))(
         jax.random.key(2), jnp.full(d, 0.5)
     )
@@ -347,17 +361,21 @@ def test_mile_tuning_follows_the_published_rules():
     assert not infos.diverging.any()
 
     tune, moments = 480, 540  # ends of the first and second phase
-    wanted = np.linspace(start, end, moments)
+    # The published schedule has two more steps than there are.
+    wanted = np.linspace(start, end, moments + 2)[:moments]
+    if not published:
+        wanted = np.linspace(start, end, moments)
+    scale = np.ones(moments) if published else wanted
     xi = infos.energy_error_squared[:moments] / wanted + 1e-8
     weight = np.exp(-((np.log(xi) / 9.0) ** 2) / 2)
     epsilon, error, total = [first], 0.0, 0.0
     for t in range(moments):
-        if total == 0 and xi[t] < 1e-6:
+        if not published and total == 0 and xi[t] < 1e-6:
             epsilon.append(2 * epsilon[t])
             continue
-        error = 99 / 101 * error + weight[t] * xi[t] * wanted[t] / epsilon[t] ** 6
+        error = 99 / 101 * error + weight[t] * xi[t] * scale[t] / epsilon[t] ** 6
         total = 99 / 101 * total + weight[t]
-        epsilon.append((wanted[t] * total / error) ** (1 / 6))
+        epsilon.append((scale[t] * total / error) ** (1 / 6))
     np.testing.assert_allclose(infos.step_size[:moments], epsilon[:moments], rtol=2e-3)
     np.testing.assert_allclose(infos.step_size[moments:], epsilon[moments], rtol=2e-3)
 
@@ -371,7 +389,10 @@ def test_mile_tuning_follows_the_published_rules():
     ess = np.asarray(effective_sample_size(positions[None, moments:]))
     length = 0.4 * epsilon[moments] * np.mean((n - moments) / ess)
     np.testing.assert_allclose(params.decoherence_length, length, rtol=5e-3)
-    np.testing.assert_allclose(params.step_size, epsilon[moments], rtol=2e-3)
+    last = epsilon[moments]
+    if not published:
+        last *= (end / infos.energy_error_squared[moments:].mean()) ** (1 / 6)
+    np.testing.assert_allclose(params.step_size, last, rtol=2e-3)
 
 
 @pytest.mark.parametrize("first", [1e-7, 1e4])

@@ -16,7 +16,8 @@ from arviz_stats.base import array_stats
 from scipy.special import polygamma
 
 from bnnmcmc.samplers.hmc import HMCInfo, hmc
-from bnnmcmc.samplers.mclmc import mclmc
+from bnnmcmc.samplers.mams import mams
+from bnnmcmc.samplers.mclmc import INTEGRATORS, mclmc
 from bnnmcmc.samplers.nuts import nuts
 from bnnmcmc.sampling import sample_density
 
@@ -96,6 +97,7 @@ TARGETS = {
 # Kernel, warm-up steps, kept draws, steps per draw.
 RUNS = {
     "mclmc": (mclmc(energy_variance_end=1e-4), 4000, 3000, 80),
+    "mams": (mams(), 2000, 3000, 1),
     "nuts": (nuts(), 1000, 2000, 1),
     "hmc": (hmc(num_leapfrog=10), 1000, 2000, 1),
 }
@@ -119,7 +121,14 @@ def run(target, kernel, warmup, draws, thin, density=None, seed=1):
 
 
 # Every pair is run; those that add least to the others only with the slow tests.
-SLOW = {("mclmc", "banana"), ("hmc", "banana"), ("nuts", "log-gamma"), ("hmc", "mixture")}
+SLOW = {
+    ("mclmc", "banana"),
+    ("hmc", "banana"),
+    ("nuts", "log-gamma"),
+    ("hmc", "mixture"),
+    ("mams", "mixture"),
+    ("mams", "banana"),
+}
 PAIRS = [
     pytest.param(kernel, target, marks=[pytest.mark.slow] if (kernel, target) in SLOW else [])
     for kernel in RUNS
@@ -178,6 +187,19 @@ def test_hmc_that_accepts_everything_fails_by_its_second_moments():
     assert run("mixture", plain_hmc(always_accept=False), 0, 3000, 1) == []
     found = run("mixture", plain_hmc(always_accept=True), 0, 3000, 1)
     assert any(f.startswith("second moment") for f in found)
+
+
+def test_mams_without_the_change_of_kinetic_energy_fails(monkeypatch):
+    """The dynamics change the density of directions, which acceptance has to make up for."""
+    rule, gradients = INTEGRATORS["leapfrog"]
+
+    def without(log_density, inverse_mass_matrix):
+        move = rule(log_density, inverse_mass_matrix)
+        return lambda state, step_size: (move(state, step_size)[0], jnp.zeros(()))
+
+    monkeypatch.setitem(INTEGRATORS, "leapfrog", (without, gradients))
+    found = run("mixture", mams(), *RUNS["mams"][1:])
+    assert any("z =" in f for f in found)
 
 
 def test_too_few_effective_draws_fail():

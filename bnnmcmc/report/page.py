@@ -776,7 +776,9 @@ def facts(run: RunFolder) -> list[tuple[str, str]]:
     if len(targets) > MAX_TARGETS:
         add("Drawn", f"the first {MAX_TARGETS} of {len(targets)} targets")
     if manifest.get("parameters"):
-        add("Parameters", f"{manifest['parameters']:,}")
+        size, sampled = manifest["parameters"], manifest.get("sampled", manifest["parameters"])
+        rest = f", {sampled:,} of them sampled" if sampled < size else ""
+        add("Parameters", f"{size:,}{rest}")
     if manifest.get("kernel"):
         plan = [f"{manifest['kernel']}"]
         if manifest.get("chains"):

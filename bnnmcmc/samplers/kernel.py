@@ -18,6 +18,7 @@ REDUCTIONS = {
     "energy": "last",
     "step_size": "last",
     "decoherence_length": "last",
+    "trajectory_length": "last",
     "acceptance_rate": "mean",
     "energy_error_squared": "mean",
     "tree_depth": "max",

@@ -22,11 +22,14 @@ CAP_GROWTH = 1.02
 
 # Phase 3 keeps at most this many draws and coordinates to estimate autocorrelation times.
 MAX_TUNING_DRAWS = 1000
-MAX_TUNING_COORDINATES = 1000
+MAX_TUNING_COORDINATES = 200
 # A phase with fewer draws than this says nothing about L, which then stays as it was.
 MIN_TUNING_DRAWS = 10
 # Relative energy errors below this are rounding, and say only that the step size is too small.
 ROUNDING = 1e-6
+# The measured energy variance moves the step size by at most this factor.
+MAX_CORRECTION = 2.0
+TUNINGS = ("averaged", "mile")
 
 
 class MCLMCParams(NamedTuple):
@@ -59,6 +62,8 @@ class MILEState(NamedTuple):
     squares: jax.Array
     kept: jax.Array
     num_kept: jax.Array
+    error_sum: jax.Array
+    num_errors: jax.Array
 
 
 def mclmc(
@@ -66,8 +71,9 @@ def mclmc(
     energy_variance_start: float = 5.0,
     energy_variance_end: float = 0.05,
     initial_step_size: float = 0.005,
+    tuning: str = "averaged",
 ) -> Kernel:
-    r"""Build unadjusted MCLMC, tuned per chain as in MILE.
+    r"""Build unadjusted MCLMC, tuned per chain as in MILE, or nearly so.
 
     A step moves position and direction :math:`u` along the isokinetic dynamics for :math:`\epsilon`
     (blackjax's integrators) and then turns the direction a little, with
@@ -85,17 +91,24 @@ def mclmc(
               \epsilon = (v \tau / \bar x)^{1/6},
 
     where the wanted energy variance per dimension v falls linearly from
-    ``energy_variance_start`` to ``energy_variance_end``. (MILE averages
-    :math:`\xi \epsilon^{-6}`, which remembers v as well: while v falls, the step size lags
-    behind. With constant v both are the same.) In the next tenth the moments of the
+    ``energy_variance_start`` to ``energy_variance_end``. In the next tenth the moments of the
     position give :math:`L = \sqrt{\sum_i \mathrm{Var}[\theta_i]}` (the step size still adapts);
-    in the last tenth :math:`L = 0.4\, \epsilon\, \mathrm{mean}_i(n / \mathrm{ESS}_i)`. Starts at
+    in the last tenth :math:`L = 0.4\, \epsilon\, \mathrm{mean}_i(n / \mathrm{ESS}_i)`, and the mean
+    :math:`\bar v` of :math:`\Delta E^2 / d` there at last gives
+    :math:`\epsilon \leftarrow \epsilon\, (v / \bar v)^{1/6}`: the step size so far was the last
+    of a fluctuating sequence, with a bias of its own in every chain. Starts at
     :math:`L = \max(\sqrt d, 15)`. A step that leaves the finite numbers, or
     whose energy error is beyond :math:`\max(1000, 30 \sqrt d)`, is taken back, counts as
     diverging, and caps the step size at 0.8 of what it was (the cap then rises by 2 % a step). As
     long as energy errors are no more than rounding, the step size doubles. A warm-up that ends
-    early hands over the step size for ``energy_variance_end``, so its draws are not hotter. L stays
-    as it is where a phase has fewer than ten draws.
+    early hands over the step size for ``energy_variance_end``, so its draws are not hotter. L and
+    the step size stay as they are where a phase has fewer than ten draws.
+
+    ``tuning="mile"`` is the published form, for comparison: it averages
+    :math:`\xi \epsilon^{-6}`, which remembers v as well (while v falls, the step size lags behind,
+    and the wanted end value is never reached); there is no correction by :math:`\bar v`, no bound
+    on the energy error of a step, no doubling, and a cap on the step size stays. Published values
+    are 0.5 and 0.1 for the energy variance.
 
     Parameters
     ----------
@@ -106,6 +119,8 @@ def mclmc(
         sets the bias of the draws: there is no accept-reject step.
     initial_step_size : float
         Step size at the first warm-up step.
+    tuning : str
+        ``"averaged"`` or ``"mile"``.
 
     Returns
     -------
@@ -124,6 +139,9 @@ def mclmc(
         raise InputError(
             f"sampler.integrator: found {integrator!r}, expected one of {', '.join(INTEGRATORS)}"
         )
+    if tuning not in TUNINGS:
+        raise InputError(f"sampler.tuning: found {tuning!r}, expected one of {', '.join(TUNINGS)}")
+    published = tuning == "mile"
     for name, value in (
         ("energy_variance_start", energy_variance_start),
         ("energy_variance_end", energy_variance_end),
@@ -146,7 +164,7 @@ def mclmc(
         energy_change = kinetic_change - moved.logdensity + state.logdensity
         # A larger error leaves the posterior for good: from there only tiny steps are stable.
         # Comparisons with NaN are false, so a step out of the finite numbers is not kept either.
-        limit = max(MAX_ENERGY_ERROR, 30.0 * dimension**0.5)
+        limit = jnp.inf if published else max(MAX_ENERGY_ERROR, 30.0 * dimension**0.5)
         gradient = moved.logdensity_grad
         kept = (jnp.abs(energy_change) <= limit) & jnp.isfinite(gradient @ gradient)
         noise = jax.lax.optimization_barrier(
@@ -170,20 +188,27 @@ def mclmc(
 
     def warmup(num_steps: int) -> Warmup:
         return mile_warmup(
-            step, num_steps, energy_variance_start, energy_variance_end, initial_step_size
+            step,
+            num_steps,
+            energy_variance_start,
+            energy_variance_end,
+            initial_step_size,
+            published,
         )
 
     return Kernel("mclmc", init, warmup, step, exact=False, gradients_per_step=gradients)
 
 
-def mile_warmup(step, num_steps, variance_start, variance_end, initial_step_size) -> Warmup:
+def mile_warmup(
+    step, num_steps, variance_start, variance_end, initial_step_size, published=False
+) -> Warmup:
     """Build the three-phase MILE warm-up around an MCLMC ``step`` (see `mclmc`)."""
     end_step_size = round(0.8 * num_steps)
     end_moments = round(0.9 * num_steps)
     tuning_draws = num_steps - end_moments
     every = max(1, -(-tuning_draws // MAX_TUNING_DRAWS))
     capacity = tuning_draws // every
-    memory = (100 - 1) / (100 + 1)
+    memory, cap_growth = (100 - 1) / (100 + 1), 1.0 if published else CAP_GROWTH
 
     def coordinates(position: jax.Array) -> jax.Array:
         stride = max(1, -(-position.shape[0] // MAX_TUNING_COORDINATES))
@@ -205,6 +230,8 @@ def mile_warmup(step, num_steps, variance_start, variance_end, initial_step_size
             jnp.zeros_like(position),
             jnp.zeros((capacity, *coordinates(position).shape), dtype),
             jnp.zeros((), jnp.int32),
+            zero,
+            jnp.zeros((), jnp.int32),
         )
 
     def step_size_for(variance, a: MILEState) -> jax.Array:
@@ -214,7 +241,8 @@ def mile_warmup(step, num_steps, variance_start, variance_end, initial_step_size
 
     def tune_step_size(a: MILEState, info: MCLMCInfo, t) -> MILEState:
         epsilon = a.params.step_size
-        progress = jnp.minimum(t / max(end_moments - 1, 1), 1.0).astype(epsilon.dtype)
+        last = end_moments + 1 if published else max(end_moments - 1, 1)
+        progress = jnp.minimum(t / last, 1.0).astype(epsilon.dtype)
         wanted = variance_start * (1 - progress) + variance_end * progress
         # Times the reciprocal: XLA makes this of a division by what chains have in common, but not
         # in programs for one device, whose draws would then be others than those of several.
@@ -223,7 +251,9 @@ def mile_warmup(step, num_steps, variance_start, variance_end, initial_step_size
         # large.
         failed = info.diverging | ~jnp.isfinite(xi)
         # Such errors would be remembered for long, and hold a far too small step size back.
-        tiny = ~failed & (xi < ROUNDING) & (a.weight_sum == 0)
+        tiny = ~failed & (xi < ROUNDING) & (a.weight_sum == 0) & (not published)
+        # What is averaged, besides the step size: the energy variance, or its share of v.
+        scale = jnp.ones_like(wanted) if published else wanted
         unused = failed | tiny
         xi = jnp.where(unused, 1.0, xi)
         weight = jnp.where(unused, 0.0, jnp.exp(-0.5 * jnp.square(jnp.log(xi) / (6.0 * 1.5))))
@@ -231,11 +261,11 @@ def mile_warmup(step, num_steps, variance_start, variance_end, initial_step_size
         # leave the range of float32.
         a = a._replace(
             params=a.params._replace(step_size=jnp.where(tiny, 2.0 * epsilon, epsilon)),
-            weighted_error=memory * a.weighted_error + weight * xi * wanted,
+            weighted_error=memory * a.weighted_error + weight * xi * scale,
             weight_sum=memory * a.weight_sum + weight,
-            max_step_size=jnp.where(failed, 0.8 * epsilon, CAP_GROWTH * a.max_step_size),
+            max_step_size=jnp.where(failed, 0.8 * epsilon, cap_growth * a.max_step_size),
         )
-        step_size = step_size_for(wanted, a)
+        step_size = step_size_for(scale, a)
         return a._replace(
             params=a.params._replace(step_size=step_size),
             weighted_error=a.weighted_error * (step_size / epsilon) ** 6,
@@ -259,9 +289,13 @@ def mile_warmup(step, num_steps, variance_start, variance_end, initial_step_size
         )
         return a._replace(params=a.params._replace(decoherence_length=length))
 
-    def keep(a: MILEState, position: jax.Array, t) -> MILEState:
+    def keep(a: MILEState, position: jax.Array, info: MCLMCInfo, t) -> MILEState:
         if capacity == 0:
             return a
+        a = a._replace(
+            error_sum=a.error_sum + info.energy_error_squared,
+            num_errors=a.num_errors + ~info.diverging,
+        )
         since = t - end_moments
         slot = since // every
         use = (since % every == every - 1) & (slot < capacity)
@@ -283,17 +317,31 @@ def mile_warmup(step, num_steps, variance_start, variance_end, initial_step_size
             )
             return jax.lax.cond(t == end_moments - 1, length_from_moments, lambda a: a, a)
 
-        a = jax.lax.cond(t < end_moments, first_phases, lambda a: keep(a, state.position, t), a)
+        def last_phase(a):
+            return keep(a, state.position, info, t)
+
+        a = jax.lax.cond(t < end_moments, first_phases, last_phase, a)
         return state, a, info
 
     def finish(a: MILEState) -> MCLMCParams:
-        params = a.params._replace(step_size=step_size_for(variance_end, a))
+        params = a.params
+        if not published:
+            corrected = jnp.where(
+                (a.num_errors >= MIN_TUNING_DRAWS) & (a.error_sum > 0),
+                jnp.clip(
+                    (variance_end * a.num_errors / a.error_sum) ** (1.0 / 6.0),
+                    1 / MAX_CORRECTION,
+                    MAX_CORRECTION,
+                ),
+                1.0,
+            )
+            params = params._replace(step_size=step_size_for(variance_end, a) * corrected)
         if capacity < MIN_TUNING_DRAWS:
             return params
         # effective_sample_size wants (chain, draw, coordinate).
         ess = blackjax.diagnostics.effective_sample_size(a.kept[None])
         tau = every * capacity / ess
-        length = 0.4 * params.step_size * jnp.mean(tau)
+        length = 0.4 * a.params.step_size * jnp.mean(tau)
         usable = (a.num_kept == capacity) & jnp.isfinite(length) & (length > 0)
         return params._replace(
             decoherence_length=jnp.where(usable, length, params.decoherence_length)

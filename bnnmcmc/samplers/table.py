@@ -5,10 +5,16 @@ from collections.abc import Callable
 from bnnmcmc.errors import InputError
 from bnnmcmc.samplers.hmc import hmc
 from bnnmcmc.samplers.kernel import Kernel
+from bnnmcmc.samplers.mams import mams
 from bnnmcmc.samplers.mclmc import mclmc
 from bnnmcmc.samplers.nuts import nuts
 
-KERNELS: dict[str, Callable[..., Kernel]] = {"mclmc": mclmc, "nuts": nuts, "hmc": hmc}
+KERNELS: dict[str, Callable[..., Kernel]] = {
+    "mclmc": mclmc,
+    "mams": mams,
+    "nuts": nuts,
+    "hmc": hmc,
+}
 
 
 def kernel_named(kernel: str | Kernel) -> Kernel:

@@ -14,7 +14,7 @@ Comparisons, each at equal numbers of draws, from the same starts, without compi
   on these devices (on CPUs: chain by chain, on every core); blackjax runs once on the same
   log-density and once on that of an MLP written in the usual way, ``h @ W``.
 - small_networks: 256 chains side by side, MLP 5-8-2 on 300 rows of the same data, trees to depth
-  10, each chain with its own warm-up, so that step sizes and trees differ. Settings were fixed
+  8, each chain with its own warm-up, so that step sizes and trees differ. Settings were fixed
   before the first measurement, and not changed after it.
 
 Seconds are wall time and, where a machine has other things to do, CPU time of this process.
@@ -77,7 +77,7 @@ def measure(
         "regression_large": side_by_side(regression, regression_data(10_000), regression_draws),
         "airfoil": measure_mlp(data, mlp_draws, max_depth),
         "small_networks": measure_mlp(
-            data, 200, 10, chains=256, warmup=200, hidden=(8,), most_rows=300, mode="vmap"
+            data, 50, 8, chains=256, warmup=100, hidden=(8,), most_rows=300, mode="vmap"
         ),
     }
 
