@@ -159,8 +159,9 @@ def test_the_placement_is_chosen_once(tiny, here, monkeypatch):
     """Stored with its reason, kept on another machine, and enough to repeat the run bit for bit."""
     monkeypatch.setattr("bnnmcmc.calibration.caches", lambda cores: Fast(2**20, 2**24))
     quick = ["sampler.warmup=100", "sampler.draws=10", "ensemble.members=4"]
-    code, _, err = here("run", "tiny.toml", "--out", "one", "--set", *quick, cwd=tiny)
+    code, out, err = here("run", "tiny.toml", "--out", "one", "--set", *quick, cwd=tiny)
     assert code == 0, err
+    assert "2 each, in groups of 2 (chosen by caches of 1 and 16 MB a core)" in out + err
     manifest = json.loads((tiny / "one" / "manifest.json").read_text())
     stored = tomllib.loads((tiny / "one" / "config.toml").read_text())["run"]
     assert (stored["mode"], stored["group"], stored["row_chunk"]) == ("map", 2, 48)

@@ -320,7 +320,7 @@ def flat_tree(p):
         (flat, np.ones((2, 3)), {"draws": 0}, "draws: found 0, expected at least 1"),
         (flat, np.ones((2, 3)), {"thin": 0}, "thin: found 0, expected at least 1"),
         (flat, np.ones((2, 3)), {"kernel": "gibbs"}, "kernel: found 'gibbs'"),
-        (flat, np.ones((2, 1)), {"kernel": "mclmc"}, "mclmc needs at least 2 parameters"),
+        (flat, np.ones((2, 1)), {"kernel": "mclmc"}, "microcanonical kernels need at least 2"),
     ],
 )
 def test_errors(density, positions, options, message):

@@ -153,7 +153,9 @@ def mclmc(
 
     def init(key, position, log_density):
         if position.shape[0] < 2:
-            raise InputError("mclmc needs at least 2 parameters; use nuts for a single one")
+            raise InputError(
+                "microcanonical kernels need at least 2 parameters; use nuts for a single one"
+            )
         return blackjax.mclmc.init(position, log_density, key)
 
     def step(key, state, params, log_density):
