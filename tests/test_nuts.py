@@ -346,15 +346,15 @@ def test_draws_do_not_depend_on_blocks_restarts_or_the_room_to_run_ahead():
 def test_chains_do_not_wait_for_longer_trajectories():
     """And the more room there is, the fewer ticks are idle."""
     ticks = {}
-    for program in (build(chains=16, draws=48, capacity=3), build(chains=16, draws=48)):
+    for program in (build(chains=16, draws=96, capacity=3), build(chains=16, draws=96)):
         blocks = through(program)["sampling"]
         gradients = join_stats(blocks)["gradients"]
         per_chain = sum(block.ticks for block in blocks)
         assert np.all(gradients.sum(1) <= per_chain)
         ticks[program.capacity] = per_chain
-    assert np.all(ticks[3] >= ticks[48])
-    assert ticks[3].sum() > ticks[48].sum()
-    for share, found in zip(np.split(gradients, 2), np.split(ticks[48], 2), strict=True):
+    assert np.all(ticks[3] >= ticks[96])
+    assert ticks[3].sum() > ticks[96].sum()
+    for share, found in zip(np.split(gradients, 2), np.split(ticks[96], 2), strict=True):
         # No tick of the chain with most gradients is idle.
         assert set(found) == {share.sum(1).max()}
         lockstep = share.max(axis=0).sum()
