@@ -332,9 +332,11 @@ def _advance(job: Job) -> bool:
 
 def _advance_stages(job: Job) -> bool:
     _meet(job)
-    placed = f"Chains: {job.placement.describe()} ({job.placement.reason})"
-    job.console.print(placed, style="dim", highlight=False, markup=False, soft_wrap=True)
-    for stage, work in (("ensemble", train_ensemble), ("warmup", warm_up), ("sampling", draw)):
+    stages = {"ensemble": train_ensemble, "warmup": warm_up, "sampling": draw}
+    if job.manifest["stage"] in stages:
+        placed = f"Chains: {job.placement.describe()} ({job.placement.reason})"
+        job.console.print(placed, style="dim", highlight=False, markup=False, soft_wrap=True)
+    for stage, work in stages.items():
         if job.manifest["stage"] != stage:
             continue
         done = work(job)
@@ -701,7 +703,7 @@ def _sampler(job: Job, data) -> Ahead:
             warmup=steps[0],
             draws=steps[1],
             thin=steps[2],
-            chosen=trees.chosen_leaves(job.config.sampler.leaves, job.layout),
+            sampled=trees.chosen_leaves(job.config.sampler.leaves, job.layout),
         )
         needed = ("draw",) if job.manifest["stage"] == "sampling" else FUNCTIONS
         job.samplers[steps] = Ahead(program, data, needed)

@@ -15,7 +15,7 @@ from bnnmcmc.models.network import Network
 from bnnmcmc.priors import Prior
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # compiled functions know it by itself, whatever is in it
 class Posterior:
     r"""A network, a likelihood and a prior: what is sampled.
 

@@ -75,7 +75,7 @@ class Program(NamedTuple):
     sampling: Schedule
     capacity: int
     runs_ahead: bool
-    chosen: tuple[bool, ...] | None
+    sampled: tuple[bool, ...] | None
     start: Any
     depart: Any
     warm: Any
@@ -94,7 +94,7 @@ def build_program(
     draws: int,
     thin: int,
     capacity: int | None = None,
-    chosen: tuple[bool, ...] | None = None,
+    sampled: tuple[bool, ...] | None = None,
 ) -> Program:
     """Compile (on first use) what is needed to sample a density.
 
@@ -111,7 +111,7 @@ def build_program(
     capacity : int
         Most draws in one call, and how many of its draws a chain may be ahead of the others;
         chosen by memory if not given.
-    chosen : tuple of bool, optional
+    sampled : tuple of bool, optional
         Which leaves are sampled (`trees.chosen_leaves`); the others stay where the chain starts.
 
     Returns
@@ -138,17 +138,17 @@ def build_program(
     traces = {"start": 0, "warm": 0, "finish": 0, "draw": 0}
 
     def density_of(data, fixed):
-        if chosen is None:
+        if sampled is None:
             return lambda flat: log_density(unravel(flat), *data)
-        return lambda free: log_density(unravel(trees.join(free, fixed, of, chosen)), *data)
+        return lambda free: log_density(unravel(trees.join(free, fixed, of, sampled)), *data)
 
     def start_chain(chain, key, data):
         traces["start"] += 1
         index, position = chain
         fixed = None
-        if chosen is not None:
-            fixed = trees.part(position, of, [not use for use in chosen])
-            position = trees.part(position, of, chosen)
+        if sampled is not None:
+            fixed = trees.part(position, of, [not use for use in sampled])
+            position = trees.part(position, of, sampled)
         state = kernel.init(jax.random.fold_in(key, index), position, density_of(data, fixed))
         adaptation, index = warm_rules.init(position), (index, fixed)
         if parts is None:
@@ -231,7 +231,7 @@ def build_program(
         draw_schedule,
         capacity,
         parts is not None,
-        chosen,
+        sampled,
         over_chains(start_chain, placement),
         over_chains(depart_chain, placement),
         over_chains(warm_chain, placement, donate=True),
@@ -334,10 +334,10 @@ def run_blocks(
         carry, records = advance(carry, key, np.int32(first), np.int32(n), data)
         # Slicing on the host, after one copy: slicing on the device would compile per length.
         kept, stats, ticks = gather(records, program.placement)
-        if kept is not None and program.chosen is not None:
+        if kept is not None and program.sampled is not None:
             fixed = gather(carry[0][1], program.placement)
             fixed = np.broadcast_to(fixed[:, None], (*kept.shape[:2], fixed.shape[-1]))
-            kept = trees.join(kept, fixed, program.layout, program.chosen)
+            kept = trees.join(kept, fixed, program.layout, program.sampled)
         seconds = time.monotonic() - begun
         del records  # each copy of a block's draws goes as soon as there is the next one
         block = Block(
@@ -476,7 +476,7 @@ def sample_density(
         warmup=warmup,
         draws=draws,
         thin=thin,
-        chosen=trees.chosen_leaves(leaves, of),
+        sampled=trees.chosen_leaves(leaves, of),
     )
     data = replicate(data, placement)
     carry = start_chains(program, trees.flatten_stacked(positions), seed, data)

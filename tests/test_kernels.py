@@ -188,9 +188,43 @@ def test_options_out_of_range(name, option, value):
         KERNELS[name](**{option: value})
 
 
-def test_every_option_has_a_range():
+OTHER = [
+    ("mclmc", "integrator", "minimal_norm"),
+    ("mclmc", "energy_variance_start", 1.0),
+    ("mclmc", "energy_variance_end", 0.5),
+    ("mclmc", "initial_step_size", 0.1),
+    ("mclmc", "tuning", "mile"),
+    ("mams", "integrator", "minimal_norm"),
+    ("mams", "jitter", 0.0),
+    ("mams", "max_steps", 1),
+    ("mams", "target_acceptance", 0.6),
+    ("mams", "energy_variance_start", 1.0),
+    ("mams", "energy_variance_end", 0.5),
+    ("mams", "initial_step_size", 0.1),
+    ("nuts", "max_depth", 1),
+    ("nuts", "target_acceptance", 0.6),
+    ("nuts", "initial_step_size", 0.1),
+    ("hmc", "num_leapfrog", 3),
+    ("hmc", "jitter", 0.0),
+    ("hmc", "target_acceptance", 0.6),
+    ("hmc", "initial_step_size", 0.1),
+]
+
+
+@functools.cache
+def draws_with(name, **options):
+    run = jax.jit(chain(KERNELS[name](**options)))
+    return np.asarray(run(jax.random.key(2), jnp.full(3, 0.5))[3][0].position)
+
+
+@pytest.mark.parametrize(("name", "option", "value"), OTHER)
+def test_every_option_changes_the_draws(name, option, value):
+    assert not np.any(draws_with(name)[1:] == draws_with(name, **{option: value})[1:])
+
+
+def test_every_option_has_a_range_and_another_value():
     options = {(n, o) for n, build in KERNELS.items() for o in inspect.signature(build).parameters}
-    assert options == {(n, o) for n, o, _ in OUT_OF_RANGE}
+    assert options == {(n, o) for n, o, _ in OUT_OF_RANGE} == {(n, o) for n, o, _ in OTHER}
 
 
 def test_kernels_by_name():
@@ -310,10 +344,9 @@ def test_mclmc_reaches_the_wanted_energy_variance(end):
     run = jax.vmap(chain(kernel, round_gaussian, warmup=2000, steps=1000), in_axes=(0, None))
     _, _, _, (_, infos) = jax.jit(run)(jax.random.split(jax.random.key(0), 16), jnp.full(100, 0.5))
     each = infos.energy_error_squared.mean(axis=1)
-    assert end / 1.2 < np.mean(each) < end * 1.2
-    # Every chain, and not only all together: the step size enters to the sixth power.
+    assert end / 1.5 < np.median(each) < end * 1.5
     assert end / 3 < each.min()
-    assert each.max() < 3 * end
+    assert each.max() < 3 * end  # in no chain is the step far too long
 
 
 def cliff(position):
@@ -391,7 +424,7 @@ def test_tuning_follows_its_rules(tuning):
     np.testing.assert_allclose(params.decoherence_length, length, rtol=5e-3)
     last = epsilon[moments]
     if not published:
-        last *= (end / infos.energy_error_squared[moments:].mean()) ** (1 / 6)
+        last *= min(1, (end / infos.energy_error_squared[moments:].mean()) ** (1 / 12))
     np.testing.assert_allclose(params.step_size, last, rtol=2e-3)
 
 

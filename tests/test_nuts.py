@@ -280,10 +280,8 @@ def build(mode="vmap", group=1, chains=5, **options):
 
 def through(program, max_count=None, restart=None):
     """Run both stages; after every block, ``restart`` says what carry to go on with."""
-    carry, blocks = (
-        start_chains(program, STARTS[: program.placement.chains], 3, ()),
-        {"warmup": [], "sampling": []},
-    )
+    carry = start_chains(program, STARTS[: program.placement.chains], 3, ())
+    blocks = {"warmup": [], "sampling": []}
     for stage, schedule in (("warmup", program.warmup), ("sampling", program.sampling)):
         if stage == "sampling":
             carry = finish_warmup(program, carry)

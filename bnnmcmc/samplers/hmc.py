@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from bnnmcmc.errors import InputError
 from bnnmcmc.samplers.kernel import Kernel
+from bnnmcmc.samplers.options import check_acceptance, check_jitter, check_positive
 from bnnmcmc.samplers.window import window_warmup
 
 
@@ -57,16 +58,9 @@ def hmc(
     """
     if num_leapfrog < 1:
         raise InputError(f"sampler.num_leapfrog: found {num_leapfrog}, expected at least 1")
-    if not 0 <= jitter < 1:
-        raise InputError(f"sampler.jitter: found {jitter}, expected 0 <= jitter < 1")
-    if not 0 < target_acceptance < 1:
-        raise InputError(
-            f"sampler.target_acceptance: found {target_acceptance}, expected between 0 and 1"
-        )
-    if not initial_step_size > 0:
-        raise InputError(
-            f"sampler.initial_step_size: found {initial_step_size}, expected more than 0"
-        )
+    check_jitter(jitter)
+    check_acceptance(target_acceptance)
+    check_positive(initial_step_size=initial_step_size)
     transition = blackjax.hmc.build_kernel()
     half = int(jitter * num_leapfrog)
     shortest, longest = num_leapfrog - half, num_leapfrog + half

@@ -9,6 +9,7 @@ from blackjax.adaptation.step_size import dual_averaging_adaptation
 from bnnmcmc.errors import InputError
 from bnnmcmc.samplers.kernel import Kernel, Warmup
 from bnnmcmc.samplers.mclmc import INTEGRATORS, mclmc
+from bnnmcmc.samplers.options import check_acceptance, check_jitter
 
 # The end of the warm-up that is adjusted: a fifth of its steps, and no more than this.
 ADJUSTED_SHARE, MAX_ADJUSTED = 5, 300
@@ -99,14 +100,10 @@ def mams(
     ----------
     Robnik, Cohn-Gordon and Seljak (2025), 2503.01707.
     """
-    if not 0 <= jitter < 1:
-        raise InputError(f"sampler.jitter: found {jitter}, expected 0 <= jitter < 1")
+    check_jitter(jitter)
     if max_steps < 1:
         raise InputError(f"sampler.max_steps: found {max_steps}, expected at least 1")
-    if not 0 < target_acceptance < 1:
-        raise InputError(
-            f"sampler.target_acceptance: found {target_acceptance}, expected between 0 and 1"
-        )
+    check_acceptance(target_acceptance)
     unadjusted = mclmc(integrator, energy_variance_start, energy_variance_end, initial_step_size)
     rule, gradients = INTEGRATORS[integrator]
 

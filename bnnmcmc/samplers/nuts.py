@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from bnnmcmc.errors import InputError
 from bnnmcmc.samplers.kernel import Kernel, Trajectories, trajectory_step
+from bnnmcmc.samplers.options import check_acceptance, check_positive
 from bnnmcmc.samplers.window import window_warmup
 
 # A point whose energy is above that of the start by more than this ends the trajectory (the limit
@@ -151,14 +152,8 @@ def nuts(
     """
     if not 1 <= max_depth <= 20:
         raise InputError(f"sampler.max_depth: found {max_depth}, expected 1 to 20")
-    if not 0 < target_acceptance < 1:
-        raise InputError(
-            f"sampler.target_acceptance: found {target_acceptance}, expected between 0 and 1"
-        )
-    if not initial_step_size > 0:
-        raise InputError(
-            f"sampler.initial_step_size: found {initial_step_size}, expected more than 0"
-        )
+    check_acceptance(target_acceptance)
+    check_positive(initial_step_size=initial_step_size)
 
     def init(key, position, log_density):
         return NUTSState(position, *jax.value_and_grad(log_density)(position))
