@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from bnnmcmc.run import sample as sample
     from bnnmcmc.samplers.hmc import hmc as hmc
     from bnnmcmc.samplers.kernel import Kernel as Kernel
+    from bnnmcmc.samplers.kernel import Warmup as Warmup
     from bnnmcmc.samplers.mams import mams as mams
     from bnnmcmc.samplers.mclmc import mclmc as mclmc
     from bnnmcmc.samplers.nuts import nuts as nuts
@@ -64,6 +65,7 @@ _HOMES = {
     "Run": "run.Run",
     "Samples": "sampling.Samples",
     "Split": "data.Split",
+    "Warmup": "samplers.kernel.Warmup",
     "bernoulli": "likelihoods.bernoulli",
     "categorical": "likelihoods.categorical",
     "fit_ensemble": "ensemble.fit_ensemble",

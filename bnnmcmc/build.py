@@ -1,6 +1,7 @@
 """From a config to the objects it describes: posterior, kernel, optimiser, placement."""
 
 import importlib
+import inspect
 import os
 import sys
 from dataclasses import replace
@@ -12,7 +13,7 @@ import optax
 
 from bnnmcmc import likelihoods, priors, trees
 from bnnmcmc.calibration import calibrate, choose
-from bnnmcmc.config import Config, LeafPriorConfig
+from bnnmcmc.config import Config, LeafPriorConfig, OwnKernelConfig
 from bnnmcmc.data import Dataset, Encoding
 from bnnmcmc.ensemble import make_optimiser
 from bnnmcmc.errors import InputError
@@ -21,6 +22,7 @@ from bnnmcmc.models.network import Network
 from bnnmcmc.placement import Placement
 from bnnmcmc.posterior import Posterior, activation_bytes
 from bnnmcmc.processes import Group, share_of
+from bnnmcmc.samplers.contract import check_kernel
 from bnnmcmc.samplers.kernel import Kernel
 from bnnmcmc.samplers.table import KERNELS
 
@@ -85,7 +87,7 @@ def import_object(field: str, reference: str) -> Any:
     Raises
     ------
     InputError
-        No such module or object, or the reference is not of that form.
+        No such module or object, the module fails, or the reference is not of that form.
     """
     module_name, colon, name = reference.partition(":")
     if not colon or not module_name or not name:
@@ -94,14 +96,19 @@ def import_object(field: str, reference: str) -> Any:
     if folder not in sys.path:
         sys.path.insert(0, folder)
     try:
-        return getattr(importlib.import_module(module_name), name)
+        module = importlib.import_module(module_name)
     except ImportError as error:
         raise InputError(
             f"{field}: cannot import {module_name!r}: {error}; the module must be installed, or "
             f"lie in the working folder {folder}"
         ) from error
-    except AttributeError as error:
-        raise InputError(f"{field}: the module {module_name!r} has no {name!r}") from error
+    except Exception as error:  # the user's code may raise anything
+        raise InputError(
+            f"{field}: importing {module_name!r} failed: {type(error).__name__}: {error}"
+        ) from error
+    if not hasattr(module, name):
+        raise InputError(f"{field}: the module {module_name!r} has no {name!r}")
+    return getattr(module, name)
 
 
 def make_prior(config: Config) -> priors.Prior:
@@ -136,9 +143,64 @@ def make_posterior(config: Config, encoding: Encoding) -> Posterior:
 
 
 def make_kernel(config: Config) -> Kernel:
-    """Build the kernel with the options of [sampler]."""
+    """Build the kernel with the options of [sampler].
+
+    Raises
+    ------
+    InputError
+        A kernel of the user's own cannot be imported or called with these options, or is no
+        `Kernel`.
+    """
+    sampler = config.sampler
+    if isinstance(sampler, OwnKernelConfig):
+        return _own_kernel(sampler.kernel, sampler.options)
     common = {"kernel", "rows", "leaves", "warmup", "draws", "thin"}
-    return KERNELS[config.sampler.kernel](**config.sampler.model_dump(exclude=common))
+    return KERNELS[sampler.kernel](**sampler.model_dump(exclude=common))
+
+
+def _own_kernel(reference: str, options: dict[str, Any]) -> Kernel:
+    """Call the user's ``module:function(**options)``."""
+    function = import_object("sampler.kernel", reference)
+    if not callable(function):
+        raise InputError(
+            f"sampler.kernel: {reference} is a {type(function).__name__}, expected a function "
+            "that returns a bnnmcmc.Kernel"
+        )
+    try:
+        inspect.signature(function).bind(**options)
+    except TypeError as error:
+        takes = ", ".join(inspect.signature(function).parameters) or "nothing"
+        raise InputError(
+            f"sampler.options: found {', '.join(options) or 'none'}, but {reference} takes {takes}"
+            f" ({error})"
+        ) from error
+    try:
+        kernel = function(**options)
+    except Exception as error:  # the user's code may raise anything
+        given = ", ".join(f"{name}={value!r}" for name, value in options.items())
+        raise InputError(
+            f"sampler.kernel: {reference}({given}) failed: {type(error).__name__}: {error}"
+        ) from error
+    if not isinstance(kernel, Kernel):
+        raise InputError(
+            f"sampler.kernel: {reference} returned a {type(kernel).__name__}, expected a "
+            "bnnmcmc.Kernel"
+        )
+    return kernel
+
+
+def check_own_kernel(config: Config, of: trees.Layout) -> None:
+    """Build the kernel and, if it is the user's own, check that it keeps the protocol.
+
+    Raises
+    ------
+    InputError
+        It does not (see `check_kernel`).
+    """
+    kernel, sampler = make_kernel(config), config.sampler
+    if isinstance(sampler, OwnKernelConfig):
+        called = f"sampler.kernel: {sampler.kernel}"
+        check_kernel(kernel, sampled_size(config, of), sampler.warmup, called)
 
 
 def make_ensemble_optimiser(config: Config) -> optax.GradientTransformation:
@@ -209,8 +271,7 @@ def sampled_size(config: Config, of: trees.Layout) -> int:
     InputError
         sampler.leaves does not fit the leaves that there are.
     """
-    chosen = trees.chosen_leaves(config.sampler.leaves, of)
-    return of.size if chosen is None else int(trees.part(np.zeros(of.size), of, chosen).size)
+    return trees.chosen_size(trees.chosen_leaves(config.sampler.leaves, of), of)
 
 
 def sampling_rows(config: Config, dataset: Dataset) -> tuple[Any, Any]:

@@ -8,7 +8,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    field_validator,
+)
 
 from bnnmcmc.errors import InputError
 
@@ -293,7 +301,27 @@ class HMCConfig(SamplerSection):
     initial_step_size: float = Field(default=0.01, gt=0)
 
 
+class OwnKernelConfig(SamplerSection):
+    """[sampler] kernel = "module:function": a kernel of the user's own."""
+
+    kernel: str = Field(description="module:function(**options) -> Kernel")
+    warmup: int = Field(default=1000, ge=0, description="warm-up steps per chain")
+    draws: int = Field(default=1000, ge=1, description="kept draws per chain")
+    thin: int = Field(default=1, ge=1, description="steps per kept draw")
+    options: dict[str, Any] = Field(default={}, description="arguments of the function")
+
+
 SAMPLERS = {"mclmc": MCLMCConfig, "mams": MAMSConfig, "nuts": NUTSConfig, "hmc": HMCConfig}
+# The user's kernels have a colon in their names, ours have not.
+OWN = "module:function"
+
+
+def _kernel_kind(section: Any) -> Any:
+    """Return which of `SAMPLERS`, or `OWN`, a [sampler] section is; None if it is no section."""
+    if not isinstance(section, dict | SamplerSection):
+        return None
+    kernel = section["kernel"] if isinstance(section, dict) else getattr(section, "kernel", None)
+    return OWN if ":" in str(kernel) else str(kernel)
 
 
 class RunConfig(Section):
@@ -339,7 +367,12 @@ class Config(Section):
     prior: PriorConfig = PriorConfig()
     ensemble: EnsembleConfig = EnsembleConfig()
     sampler: Annotated[
-        MCLMCConfig | MAMSConfig | NUTSConfig | HMCConfig, Field(discriminator="kernel")
+        Annotated[MCLMCConfig, Tag("mclmc")]
+        | Annotated[MAMSConfig, Tag("mams")]
+        | Annotated[NUTSConfig, Tag("nuts")]
+        | Annotated[HMCConfig, Tag("hmc")]
+        | Annotated[OwnKernelConfig, Tag(OWN)],
+        Discriminator(_kernel_kind),
     ] = MCLMCConfig()
     run: RunConfig = RunConfig()
 
@@ -393,7 +426,7 @@ def _one_line_per_field(sentences: list[str]) -> list[str]:
 
 
 def _sentence(error: Any, tables: dict) -> str:
-    kernels = tuple(SAMPLERS)
+    kernels = (*SAMPLERS, OWN)
     path = [str(p) for p in error["loc"]]
     if len(path) > 1 and path[0] == "sampler" and path[1] in kernels:
         path.pop(1)
@@ -414,7 +447,7 @@ def _sentence(error: Any, tables: dict) -> str:
         return (
             f"sampler.kernel: found {found.get('kernel')!r}, expected one of {', '.join(kernels)}"
         )
-    if error["type"] in ("model_type", "model_attributes_type", "dict_type"):
+    if error["type"] in ("model_type", "dict_type", "union_tag_not_found"):
         return f"{field}: found {found!r}, but it should be a table, [{field}]"
     message = error["msg"][0].lower() + error["msg"][1:]
     return f"{field}: found {found!r}, but {message.replace('input should', 'it should')}"
@@ -425,8 +458,7 @@ def _known_keys(path: Sequence[str], tables: dict) -> list[str]:
     model: Any = Config
     for part in path:
         if part == "sampler":
-            kernel = tables["sampler"].get("kernel", "mclmc")
-            model = SAMPLERS[kernel]
+            model = SAMPLERS.get(tables["sampler"].get("kernel", "mclmc"), OwnKernelConfig)
             continue
         if part not in model.model_fields:
             continue  # a name of the user's own, such as a layer

@@ -117,6 +117,7 @@ def memory_need(
         warmup=config.sampler.warmup,
         draws=draws,
         thin=config.sampler.thin,
+        sampled=trees.chosen_leaves(config.sampler.leaves, of),
     )
     members, history = chains * member, 2 * item * chains * ensemble.max_epochs
     epochs = 2 * item * chains * min(MAX_BLOCK_EPOCHS, ensemble.max_epochs)

@@ -771,7 +771,7 @@ def _note(stats: dict[str, np.ndarray]) -> str:
         parts.append(f"acceptance {np.mean(stats['acceptance_rate']):.2f}")
     if "step_size" in stats:
         parts.append(f"step size {np.median(stats['step_size'][:, -1]):.2g}")
-    if stats["diverging"].sum():
+    if "diverging" in stats and stats["diverging"].sum():
         parts.append(f"{stats['diverging'].sum()} divergent steps")
     return ", ".join(parts)
 

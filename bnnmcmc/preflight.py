@@ -4,6 +4,7 @@ What cannot work is refused here, before any long work.
 """
 
 import importlib.metadata
+import math
 import platform
 import shutil
 import time
@@ -20,7 +21,7 @@ from rich.markup import escape
 
 from bnnmcmc import build, trees
 from bnnmcmc.calibration import gradient_walk
-from bnnmcmc.config import Config
+from bnnmcmc.config import Config, HMCConfig, MAMSConfig, NUTSConfig
 from bnnmcmc.data import Dataset
 from bnnmcmc.ensemble import build_training, run_epochs, start_members
 from bnnmcmc.errors import InputError
@@ -70,9 +71,9 @@ def check_model(
     posterior = build.make_posterior(config, dataset.encoding)
     if folder is not None:
         check_disk(folder, position_layout(posterior), config.ensemble.members, draws)
-    build.make_kernel(config)
-    build.make_ensemble_optimiser(config)
     build.sampled_size(config, position_layout(posterior))
+    build.check_own_kernel(config, position_layout(posterior))
+    build.make_ensemble_optimiser(config)
     placement = build.make_placement(config, posterior, dataset, group)
     posterior = replace(posterior, row_chunk=placement.row_chunk)
     check_memory(need(config, dataset, posterior, placement), placement)
@@ -177,7 +178,8 @@ class Estimate(NamedTuple):
     gradient_seconds : float
         One gradient of the log-density of every chain.
     sampling_seconds : tuple of float
-        Shortest and longest time of warm-up and sampling to expect.
+        Shortest and longest time of warm-up and sampling to expect; infinity where a kernel of the
+        user's own does not say.
     """
 
     parameters: int
@@ -209,21 +211,7 @@ def estimate(
     of = position_layout(posterior)
     epoch = _epoch_seconds(config, dataset, posterior, placement)
     gradient = _gradient_seconds(config, dataset, posterior, placement, of)
-    sampler = config.sampler
-    steps = sampler.warmup + sampler.draws * sampler.thin
-    match sampler.kernel:
-        case "mclmc":
-            per_step = build.make_kernel(config).gradients_per_step or 1
-            gradients = (steps * per_step,) * 2
-        case "hmc":
-            gradients = (steps * sampler.num_leapfrog,) * 2
-        case "mams":
-            # The unadjusted part of the warm-up takes one or two gradients a step.
-            longest = sampler.max_steps * (1 if sampler.integrator == "leapfrog" else 2)
-            gradients = (steps, steps * longest)
-        case "nuts":
-            depths = [min(depth, sampler.max_depth) for depth in NUTS_DEPTHS]
-            gradients = (steps * (2 ** depths[0] - 1), steps * (2 ** depths[1] - 1))
+    sampler, (least, most) = config.sampler, gradient_counts(config)
     return Estimate(
         of.size,
         build.sampled_size(config, of),
@@ -232,8 +220,32 @@ def estimate(
         epoch,
         config.ensemble.max_epochs,
         gradient,
-        (gradients[0] * gradient, gradients[1] * gradient),
+        (least * gradient, most * gradient),
     )
+
+
+def gradient_counts(config: Config) -> tuple[float, float]:
+    """Return how many gradients a chain takes in warm-up and sampling: the least and the most.
+
+    The most is infinite where a kernel of the user's own does not say.
+    """
+    sampler = config.sampler
+    steps = sampler.warmup + sampler.draws * sampler.thin
+    match sampler:
+        case HMCConfig():
+            return (steps * sampler.num_leapfrog,) * 2
+        case MAMSConfig():
+            # The unadjusted part of the warm-up takes one or two gradients a step.
+            longest = sampler.max_steps * (1 if sampler.integrator == "leapfrog" else 2)
+            return steps, steps * longest
+        case NUTSConfig():
+            depths = [min(depth, sampler.max_depth) for depth in NUTS_DEPTHS]
+            return steps * (2 ** depths[0] - 1), steps * (2 ** depths[1] - 1)
+        case _:
+            # A step without a gradient takes a density at least, which is not much cheaper.
+            per_step = build.make_kernel(config).gradients_per_step
+            least = steps * max(per_step or 1, 1)
+            return least, math.inf if per_step is None else least
 
 
 def _epoch_seconds(config, dataset: Dataset, posterior, placement: Placement) -> float:
@@ -289,7 +301,11 @@ def print_estimate(
     """Print what `bnnmcmc check` found."""
     parts = [len(rows) for rows in (dataset.train, dataset.validation, dataset.test)]
     sampler, (low, high) = config.sampler, cost.sampling_seconds
-    time_needed = duration(low) if low == high else f"{duration(low)} to {duration(high)}"
+    if math.isinf(high):
+        time_needed = f"at least {duration(low)}"
+    else:
+        upper = "" if low == high else f" to {duration(high)}"
+        time_needed = f"about {duration(low)}{upper}"
     steps = sampler.warmup + sampler.draws * sampler.thin
     encoding = dataset.encoding
     classes = f", {len(encoding.classes)} classes" if encoding.classes else ""
@@ -305,7 +321,7 @@ def print_estimate(
         "disk": f"{cost.disk / 1e6:.1f} MB of draws",
         "training": f"{duration(cost.epoch_seconds * cost.max_epochs)} at most "
         f"({cost.max_epochs} epochs of {1e3 * cost.epoch_seconds:.2g} ms; members stop early)",
-        "sampling": f"about {time_needed} ({steps} {sampler.kernel} steps per chain, "
+        "sampling": f"{time_needed} ({steps} {sampler.kernel} steps per chain, "
         f"{1e3 * cost.gradient_seconds:.2g} ms per gradient of all chains)",
     }
     for name, text in lines.items():

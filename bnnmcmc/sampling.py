@@ -22,6 +22,7 @@ from bnnmcmc.errors import InputError
 from bnnmcmc.keys import stage_key
 from bnnmcmc.placement import Placement, gather, indices, over_chains, place, replicate, spread
 from bnnmcmc.records import Schedule, no_flight, no_progress, record_steps, run_ahead
+from bnnmcmc.samplers.contract import check_kernel
 from bnnmcmc.samplers.kernel import Kernel
 from bnnmcmc.samplers.table import kernel_named
 
@@ -434,7 +435,8 @@ def sample_density(
     Raises
     ------
     InputError
-        A start position with a non-finite density, or counts out of range.
+        A start position with a non-finite density, counts out of range, or a kernel that does not
+        keep the protocol (see `Kernel`).
 
     Examples
     --------
@@ -467,7 +469,9 @@ def sample_density(
             f"log_density: returns {result} for one position, expected a scalar, such as the sum "
             "of a density's terms"
         )
-    chosen = kernel_named(kernel)
+    chosen, sampled = kernel_named(kernel), trees.chosen_leaves(leaves, of)
+    if isinstance(kernel, Kernel):
+        check_kernel(kernel, trees.chosen_size(sampled, of), warmup, f"kernel {kernel.name!r}")
     program = build_program(
         log_density,
         chosen,
@@ -476,7 +480,7 @@ def sample_density(
         warmup=warmup,
         draws=draws,
         thin=thin,
-        sampled=trees.chosen_leaves(leaves, of),
+        sampled=sampled,
     )
     data = replicate(data, placement)
     carry = start_chains(program, trees.flatten_stacked(positions), seed, data)

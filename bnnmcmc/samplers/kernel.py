@@ -108,11 +108,12 @@ class Kernel(NamedTuple):
     name : str
     init : callable
         ``init(key, position, log_density) -> State``; a State is a NamedTuple with a field
-        ``position`` (size,) and a field ``logdensity``.
+        ``position`` (size,) and a field ``logdensity`` (scalar).
     warmup : callable
         ``warmup(num_steps) -> Warmup``.
     step : callable
-        ``step(key, state, params, log_density) -> (State, Info)``.
+        ``step(key, state, params, log_density) -> (State, Info)``; an Info is a NamedTuple of
+        scalars, named by `REDUCTIONS`, with at least ``log_density``.
     exact : bool
         Whether the kernel leaves the target invariant (unadjusted kernels have a bias).
     gradients_per_step : int or None
