@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from bnnmcmc.models.network import Network as Network
     from bnnmcmc.placement import place as place
     from bnnmcmc.placement import use_all_cores as use_all_cores
+    from bnnmcmc.placement import use_precision as use_precision
     from bnnmcmc.posterior import Posterior as Posterior
     from bnnmcmc.prediction import Prediction as Prediction
     from bnnmcmc.priors import LeafPrior as LeafPrior
@@ -86,6 +87,7 @@ _HOMES = {
     "table_from_arrays": "data.table_from_arrays",
     "use_all_cores": "placement.use_all_cores",
     "use_compilation_cache": "compilation.use_compilation_cache",
+    "use_precision": "placement.use_precision",
 }
 
 __all__ = list(_HOMES)

@@ -704,6 +704,7 @@ def _sampler(job: Job, data) -> Ahead:
             draws=steps[1],
             thin=steps[2],
             sampled=trees.chosen_leaves(job.config.sampler.leaves, job.layout),
+            begun_with=job.config.sampler.draws,
         )
         needed = ("draw",) if job.manifest["stage"] == "sampling" else FUNCTIONS
         job.samplers[steps] = Ahead(program, data, needed)

@@ -129,7 +129,7 @@ def use_gpus(indices: list[int]) -> None:
 
 
 def use_precision(precision: Literal["float32", "float64"]) -> None:
-    """Compute in this precision from now on."""
+    """Compute in this precision from now on. To be called before anything else is made."""
     jax.config.update("jax_enable_x64", precision == "float64")
 
 

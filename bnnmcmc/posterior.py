@@ -69,8 +69,15 @@ class Posterior:
         return x, y
 
     def init(self, key: jax.Array) -> Any:
-        """Return a start position: the network's own initialisation."""
-        return {"likelihood": self.likelihood.init(), "network": self.network.init(key)}
+        """Return a start position: the network's own initialisation, in JAX's precision."""
+
+        def in_precision(leaf):
+            # What is no floating-point number stays as it is, for `check_outputs` to refuse.
+            floating = jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
+            return jnp.asarray(leaf, jnp.result_type(float)) if floating else leaf
+
+        position = {"likelihood": self.likelihood.init(), "network": self.network.init(key)}
+        return jax.tree.map(in_precision, position)
 
     def distribution(self, position: Any, x: jax.Array):
         """Return the predictive distribution of one position for rows ``x`` (rows, features)."""

@@ -274,7 +274,8 @@ class Run:
 
         per_row = 2 if self.y.ndim == 1 else 1 + self.y.shape[1]
         values = self.draws.layout.size + len(self.stats) + per_row * len(self.x)
-        draw_bytes, one_in, records = 4 * self.draws.chains * values, 1, 1
+        item = jnp.result_type(float).itemsize
+        draw_bytes, one_in, records = item * self.draws.chains * values, 1, 1
         warmup = self.warmup_stats or {}
         if every is None:
             every = max(1, -(-self.draws.draws * draw_bytes // ARVIZ_BYTES))
@@ -466,10 +467,9 @@ def check_precision(config: Config) -> None:
     """Raise InputError if JAX does not compute in the run's precision."""
     wanted, enabled = config.run.precision, bool(jax.config.jax_enable_x64)
     if (wanted == "float64") != enabled:
-        switch = "True" if wanted == "float64" else "False"
         raise InputError(
             f"run.precision: the run is in {wanted}, but JAX is not; begin with "
-            f'jax.config.update("jax_enable_x64", {switch})'
+            f'bnnmcmc.use_precision("{wanted}") (JAX\'s jax_enable_x64)'
         )
 
 

@@ -96,6 +96,7 @@ def build_program(
     thin: int,
     capacity: int | None = None,
     sampled: tuple[bool, ...] | None = None,
+    begun_with: int | None = None,
 ) -> Program:
     """Compile (on first use) what is needed to sample a density.
 
@@ -114,6 +115,9 @@ def build_program(
         chosen by memory if not given.
     sampled : tuple of bool, optional
         Which leaves are sampled (`trees.chosen_leaves`); the others stay where the chain starts.
+    begun_with : int, optional
+        Draws that the run was begun with, if it was extended since: the capacity is that of then,
+        for checkpoints of chains that run ahead hold a buffer of its size.
 
     Returns
     -------
@@ -135,7 +139,7 @@ def build_program(
         else:
             most = min(4 * AHEAD_BYTES // row_bytes, AHEAD_RECORDS)
             capacity = max(AHEAD_BYTES // row_bytes, most, MIN_AHEAD)
-        capacity = int(np.clip(capacity, 1, max(draws, 1)))
+        capacity = int(np.clip(capacity, 1, max(begun_with or draws, 1)))
     traces = {"start": 0, "warm": 0, "finish": 0, "draw": 0}
 
     def density_of(data, fixed):

@@ -246,7 +246,7 @@ def mile_warmup(
     def tune_step_size(a: MILEState, info: MCLMCInfo, t) -> MILEState:
         epsilon = a.params.step_size
         last = end_moments + 1 if published else max(end_moments - 1, 1)
-        progress = jnp.minimum(t / last, 1.0).astype(epsilon.dtype)
+        progress = jnp.minimum(jnp.asarray(t, epsilon.dtype) / last, 1.0)
         wanted = variance_start * (1 - progress) + variance_end * progress
         # Times the reciprocal: XLA makes this of a division by what chains have in common, but not
         # in programs for one device, whose draws would then be others than those of several.
