@@ -37,8 +37,11 @@ if TYPE_CHECKING:
     from bnnmcmc.placement import use_precision as use_precision
     from bnnmcmc.posterior import Posterior as Posterior
     from bnnmcmc.prediction import Prediction as Prediction
+    from bnnmcmc.priors import Hierarchy as Hierarchy
+    from bnnmcmc.priors import Horseshoe as Horseshoe
     from bnnmcmc.priors import LeafPrior as LeafPrior
     from bnnmcmc.priors import Prior as Prior
+    from bnnmcmc.priors import hierarchical as hierarchical_prior  # noqa: F401
     from bnnmcmc.priors import independent as independent_prior  # noqa: F401
     from bnnmcmc.priors import normal as normal_prior  # noqa: F401
     from bnnmcmc.run import Run as Run
@@ -55,6 +58,8 @@ if TYPE_CHECKING:
 _HOMES = {
     "Dataset": "data.Dataset",
     "Ensemble": "ensemble.Ensemble",
+    "Hierarchy": "priors.Hierarchy",
+    "Horseshoe": "priors.Horseshoe",
     "InputError": "errors.InputError",
     "Kernel": "samplers.kernel.Kernel",
     "LeafPrior": "priors.LeafPrior",
@@ -72,6 +77,7 @@ _HOMES = {
     "fit_ensemble": "ensemble.fit_ensemble",
     "gaussian": "likelihoods.gaussian",
     "hmc": "samplers.hmc.hmc",
+    "hierarchical_prior": "priors.hierarchical",
     "independent_prior": "priors.independent",
     "make_optimiser": "ensemble.make_optimiser",
     "mams": "samplers.mams.mams",

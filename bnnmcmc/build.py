@@ -20,7 +20,7 @@ from bnnmcmc.errors import InputError
 from bnnmcmc.models.mlp import mlp
 from bnnmcmc.models.network import Network
 from bnnmcmc.placement import Placement
-from bnnmcmc.posterior import Posterior, activation_bytes
+from bnnmcmc.posterior import Posterior, activation_bytes, position_shapes
 from bnnmcmc.processes import Group, share_of
 from bnnmcmc.samplers.contract import check_kernel
 from bnnmcmc.samplers.kernel import Kernel
@@ -112,8 +112,22 @@ def import_object(field: str, reference: str) -> Any:
 
 
 def make_prior(config: Config) -> priors.Prior:
-    """Build the prior over the network's parameters."""
+    """Build the prior over the network's parameters.
+
+    Raises
+    ------
+    InputError
+        The user's own log-density cannot be imported.
+    """
     chosen = config.prior
+    if chosen.log_density is not None:
+        function = import_object("prior.log_density", chosen.log_density)
+        if not callable(function):
+            raise InputError(
+                f"prior.log_density: {chosen.log_density} is a {type(function).__name__}, expected "
+                "a function of the network's parameters"
+            )
+        return priors.Prior(function)
 
     def leaf(part: LeafPriorConfig) -> priors.LeafPrior:
         return priors.LeafPrior(part.family, part.scale, part.fan_in, part.df)
@@ -126,7 +140,15 @@ def make_prior(config: Config) -> priors.Prior:
         }
         for name, layer in chosen.layers.items()
     }
-    return priors.independent(leaf(chosen), leaf(chosen.bias) if chosen.bias else None, layers)
+    parts = leaf(chosen), leaf(chosen.bias) if chosen.bias else None, layers
+    inputs = None
+    if chosen.inputs is not None:
+        slab = chosen.slab_scale if chosen.inputs == "regularised_horseshoe" else None
+        inputs = priors.Horseshoe(chosen.global_scale, slab, chosen.input_leaf)
+    if inputs is None and not chosen.hierarchical:
+        return priors.independent(*parts)
+    scales = chosen.scales if chosen.hierarchical else None
+    return priors.hierarchical(*parts, scales=scales, inputs=inputs)
 
 
 def make_posterior(config: Config, encoding: Encoding) -> Posterior:
@@ -237,7 +259,7 @@ def make_placement(
         )
     run, sampler = config.run, config.sampler
     x, y = posterior.arrays(*sampling_rows(config, dataset))
-    size = trees.layout(jax.eval_shape(posterior.init, jax.random.key(0))).size
+    size = trees.layout(position_shapes(posterior)).size
     placed = choose(
         room,
         len(x),

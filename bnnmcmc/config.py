@@ -204,6 +204,60 @@ class PriorConfig(LeafPriorConfig):
     layers: dict[str, LayerPriorConfig] = Field(
         default={}, description="by layer name, e.g. layer0"
     )
+    hierarchical: bool = Field(
+        default=False, description="sample a scale for each layer; scale is that of its prior"
+    )
+    scales: Literal["half_normal", "half_cauchy"] = Field(
+        default="half_normal", description="prior of the layers' sampled scales"
+    )
+    inputs: Literal["regularised_horseshoe", "horseshoe"] | None = Field(
+        default=None, description="prior of the first layer's weights, with a scale for each input"
+    )
+    global_scale: float = Field(
+        default=1.0, gt=0, description="less expects fewer relevant inputs of the horseshoe"
+    )
+    slab_scale: float = Field(
+        default=2.0, gt=0, description="bound of an input's scale in the regularised horseshoe"
+    )
+    input_leaf: str = Field(
+        default="layer0.weight", description="name of the leaf that holds the inputs' weights"
+    )
+    log_density: str | None = Field(
+        default=None, description="module:function(params) -> scalar, instead of all of these"
+    )
+
+    @field_validator("scales")
+    @classmethod
+    def _scales_are_sampled(cls, value, info):
+        unused = not info.data.get("hierarchical", True)
+        if unused and value != cls.model_fields["scales"].default:
+            raise ValueError("needs hierarchical = true; remove it")
+        return value
+
+    @field_validator("global_scale", "slab_scale", "input_leaf")
+    @classmethod
+    def _inputs_have_scales(cls, value, info):
+        unused = info.data.get("inputs", "of a wrong type") is None
+        if unused and value != cls.model_fields[info.field_name].default:
+            raise ValueError('needs inputs = "horseshoe" or "regularised_horseshoe"; remove it')
+        return value
+
+    @field_validator("slab_scale")
+    @classmethod
+    def _there_is_a_slab(cls, value, info):
+        unused = info.data.get("inputs") == "horseshoe"
+        if unused and value != cls.model_fields["slab_scale"].default:
+            raise ValueError('needs inputs = "regularised_horseshoe"; remove it')
+        return value
+
+    @field_validator("log_density")
+    @classmethod
+    def _one_density(cls, value, info):
+        names = [name for name in cls.model_fields if name != info.field_name]
+        given = _changed(cls, info.data, *names)
+        if value is not None and given:
+            raise ValueError(f"replaces the whole prior, so remove {', '.join(given)}")
+        return value
 
 
 class EnsembleConfig(Section):

@@ -20,7 +20,7 @@ from bnnmcmc.data import Dataset
 from bnnmcmc.ensemble import MAX_BLOCK_EPOCHS
 from bnnmcmc.errors import InputError
 from bnnmcmc.placement import Placement
-from bnnmcmc.posterior import Posterior, activation_bytes
+from bnnmcmc.posterior import Posterior, activation_bytes, position_shapes
 from bnnmcmc.predictive import BATCH, CHUNK_BYTES, MAX_SAMPLES
 from bnnmcmc.results import (
     MAX_DIAGNOSED_DRAWS,
@@ -91,7 +91,7 @@ def memory_need(
     -------
     Need
     """
-    position = jax.eval_shape(posterior.init, jax.random.key(0))
+    position = position_shapes(posterior)
     of = trees.layout(position)
     item = jnp.result_type(float).itemsize
     devices, chains = len(placement.devices), placement.chains

@@ -33,7 +33,7 @@ from bnnmcmc.ensemble import build_training, finish_ensemble, run_epochs, start_
 from bnnmcmc.errors import InputError
 from bnnmcmc.keys import stage_key
 from bnnmcmc.placement import Placement, gather, indices, replicate, spread
-from bnnmcmc.posterior import Posterior, check_finite
+from bnnmcmc.posterior import Posterior, chain_starts, check_finite
 from bnnmcmc.processes import Group
 from bnnmcmc.results import write_results
 from bnnmcmc.run import (
@@ -715,7 +715,8 @@ def _begin_warmup(job: Job, sampler: Ahead, data) -> tuple[Any, int, dict[str, n
     """Return where the warm-up stands: carry, records done, their statistics."""
     entry = job.manifest["checkpoint"]
     if entry is None:
-        members, _ = read_members(job.store.folder, job.manifest, job.layout)
+        members, _ = read_members(job.store.folder, job.manifest, job.posterior)
+        members = chain_starts(job.posterior, members)
         # The very arrays that the start was checked on: the check is compiled already.
         rows = job.posterior.arrays(*build.sampling_rows(job.config, job.dataset))
         check_finite(job.posterior, members, *rows)

@@ -201,7 +201,7 @@ def _evaluator(posterior, of: trees.Layout, per_draw: int, scored: bool, batch: 
     def one(draw, key, rows, x, y):
         number, flat = draw
         position = unravel(flat)
-        outputs = posterior.network.apply(position["network"], x)
+        outputs = posterior.network.apply(posterior.network_params(position), x)
         distribution = likelihood.distribution(position["likelihood"], outputs)
         draw_key = jax.random.fold_in(key, number)
 

@@ -86,8 +86,8 @@ def check_model(
 
 
 def _starts(posterior: Posterior, key: jax.Array) -> Callable[[jax.Array], Any]:
-    """Return the function from the numbers of members to their first positions."""
-    each = jax.vmap(lambda i: posterior.init(jax.random.fold_in(key, i)))
+    """Return the function from the numbers of members to where untrained ones' chains begin."""
+    each = jax.vmap(lambda i: posterior.start(posterior.init(jax.random.fold_in(key, i))))
     return jax.jit(each, compiler_options=QUICK)
 
 

@@ -25,7 +25,7 @@ from bnnmcmc.data import (
     target_to_units,
 )
 from bnnmcmc.errors import InputError
-from bnnmcmc.posterior import Posterior, activation_bytes
+from bnnmcmc.posterior import Posterior, activation_bytes, chain_starts, position_shapes
 from bnnmcmc.prediction import Prediction, in_target_units
 from bnnmcmc.predictive import Draws, Pooled, draws_in_memory, per_draw, pool, thinned
 from bnnmcmc.sampling import sample_density
@@ -136,7 +136,7 @@ class Run:
             )
         posterior = make_posterior(config, dataset.encoding)
         of = position_layout(posterior)
-        members, losses = read_members(folder, manifest, of)
+        members, losses = read_members(folder, manifest, posterior)
         x, y = sampling_rows(config, dataset)
         draws = stored_draws(folder, manifest, of)
         stats = stored_stats(folder, manifest)
@@ -252,6 +252,29 @@ class Run:
         found = per_draw(self.posterior, thinned(self.draws, every), few)
         values = found["mean"] if "mean" in found else found["probabilities"][..., 1:]
         return values.reshape(*values.shape[:2], -1)
+
+    def input_scales(self) -> dict[str, np.ndarray]:
+        """Return the scales of the inputs' weights under a horseshoe prior, of all chains.
+
+        Returns
+        -------
+        dict
+            Feature -> numpy array (chain, draw). An input with a scale near zero does nothing.
+
+        Raises
+        ------
+        InputError
+            The prior has no such scales.
+        """
+        hierarchy = self.posterior.prior.hierarchy
+        if hierarchy is None or hierarchy.input_scales is None:
+            raise InputError('input_scales: the prior has none; use [prior] inputs = "horseshoe"')
+        of = jax.vmap(jax.vmap(hierarchy.input_scales))
+        found = np.asarray(of(self.load_draws()["prior"]))
+        names = [f"x{i}" for i in range(1, found.shape[-1] + 1)]
+        if self.encoding is not None and len(self.encoding.feature_names) == len(names):
+            names = list(self.encoding.feature_names)
+        return {name: found[..., i] for i, name in enumerate(names)}
 
     def to_arviz(self, every: int | None = None):
         """Return an ArviZ DataTree of all chains.
@@ -372,7 +395,8 @@ def sample(
     ----------
     posterior : Posterior
     positions : pytree
-        Start positions (chain, *leaf), for example ``fit_ensemble(...).positions``.
+        Start positions (chain, *leaf), for example ``fit_ensemble(...).positions``; those of a
+        prior with parameters of its own are found from the network's (see `Posterior.start`).
     x : array (rows, features)
     y : array (rows, targets), or (rows,) class indices
     dataset : Dataset, optional
@@ -395,7 +419,7 @@ def sample(
     """
     x, y = posterior.arrays(x, y)
     options.setdefault("kernel", "mclmc")
-    at_work = posterior
+    at_work, starts = posterior, chain_starts(posterior, positions)
     if options.get("placement") is None:
         chains = len(jax.tree.leaves(positions)[0])
         options["placement"] = choose(
@@ -403,7 +427,7 @@ def sample(
         )
     if posterior.row_chunk is None:
         at_work = replace(posterior, row_chunk=options["placement"].row_chunk)
-    samples = sample_density(at_work.log_density, positions, data=(x, y), **options)
+    samples = sample_density(at_work.log_density, starts, data=(x, y), **options)
     draws = draws_in_memory(samples.draws)
     status = chain_status(draws, samples.stats, options.get("thin", 1))
     return Run(
@@ -460,7 +484,7 @@ def scores(pooled: Pooled, y: np.ndarray, encoding: Encoding | None) -> dict[str
 
 def position_layout(posterior: Posterior) -> trees.Layout:
     """Return the layout of one position, without computing one."""
-    return trees.layout(jax.eval_shape(posterior.init, jax.random.key(0)))
+    return trees.layout(position_shapes(posterior))
 
 
 def check_precision(config: Config) -> None:
@@ -503,13 +527,13 @@ def open_inputs(folder: Path, manifest: dict[str, Any]) -> tuple[Config, Dataset
 
 
 def read_members(
-    folder: Path, manifest: dict[str, Any], of: trees.Layout
+    folder: Path, manifest: dict[str, Any], posterior: Posterior
 ) -> tuple[Any, np.ndarray]:
     """Return the ensemble's weights (member, *leaf) and its validation losses (member,)."""
     entry = manifest["ensemble"]
-    template = jax.tree.unflatten(
-        of.treedef,
-        [jax.ShapeDtypeStruct((1, *shape), jnp.result_type(float)) for shape in of.shapes],
+    template = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct((1, *leaf.shape), leaf.dtype),
+        jax.eval_shape(posterior.init, jax.random.key(0)),
     )
     positions = store.load_tree(folder / "ensemble" / "members.npz", template, entry["sha256"])
     return positions, np.asarray(entry["validation_loss"])

@@ -37,6 +37,8 @@ activation = "silu"            # tanh, relu, silu, gelu, ...
 family = "normal"              # or laplace, student_t
 scale = 1.0
 # fan_in = true                # divide the scale by sqrt(fan-in)
+# hierarchical = true          # sample a scale for each layer
+# inputs = "horseshoe"         # a scale for each input: most are shrunk to zero
 
 [ensemble]
 members = 10                   # one chain starts from each
