@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from bnnmcmc.samplers.nuts import nuts as nuts
     from bnnmcmc.sampling import Samples as Samples
     from bnnmcmc.sampling import sample_density as sample_density
+    from bnnmcmc.targets import Target as Target
 
 _HOMES = {
     "Dataset": "data.Dataset",
@@ -64,6 +65,7 @@ _HOMES = {
     "Run": "run.Run",
     "Samples": "sampling.Samples",
     "Split": "data.Split",
+    "Target": "targets.Target",
     "bernoulli": "likelihoods.bernoulli",
     "categorical": "likelihoods.categorical",
     "fit_ensemble": "ensemble.fit_ensemble",

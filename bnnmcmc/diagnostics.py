@@ -348,6 +348,21 @@ def _bulk_ess(values: np.ndarray) -> np.ndarray:
     return _over_sequences(bulk_ess, sequences, MIN_ESS_DRAWS)
 
 
+def prediction_ess(values: np.ndarray) -> np.ndarray:
+    """Return what the draws of each chain are worth for each prediction: bulk ESS (chain, n).
+
+    A prediction that never changes within a chain learns nothing from it: 0. NaN with fewer than
+    10 draws, and where a draw is not finite.
+
+    Parameters
+    ----------
+    values : array (chain, draw, n)
+    """
+    # A few equal draws are no evidence that the chain does not move.
+    stands = _constant(values) & (values.shape[1] >= MIN_ESS_DRAWS)
+    return np.where(stands, 0.0, _bulk_ess(values))
+
+
 def _over_sequences(
     statistic: Callable[..., np.ndarray], sequences: np.ndarray, least: int, *options: Any
 ) -> np.ndarray:
@@ -562,11 +577,8 @@ def run_summary(
     if functions is not None:
         chosen = _evenly_spaced(functions)
         across = _rhat(np.moveaxis(chosen, 2, 0))
-        constant = _constant(chosen)
-        never = constant.all(axis=0) & (chosen == chosen[:1, :1]).all(axis=(0, 1))
-        # A few equal draws are no evidence that the chain does not move.
-        stands = constant & (draws >= MIN_ESS_DRAWS)
-        sizes = np.where(stands, 0.0, _bulk_ess(chosen)).sum(axis=0)
+        never = _constant(chosen).all(axis=0) & (chosen == chosen[:1, :1]).all(axis=(0, 1))
+        sizes = prediction_ess(chosen).sum(axis=0)
 
         def over_functions(reduce: Callable[..., Any], found: np.ndarray) -> float:
             return _over_moving(reduce, found[None], never[None])[0]

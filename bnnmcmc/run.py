@@ -27,12 +27,21 @@ from bnnmcmc.data import (
 from bnnmcmc.errors import InputError
 from bnnmcmc.posterior import Posterior, activation_bytes
 from bnnmcmc.prediction import Prediction, in_target_units
-from bnnmcmc.predictive import Draws, Pooled, draws_in_memory, per_draw, pool, thinned
+from bnnmcmc.predictive import BATCH, Draws, Pooled, draws_in_memory, per_draw, pool, thinned
 from bnnmcmc.sampling import sample_density
+from bnnmcmc.targets import (
+    MAX_SCORED_ROWS,
+    Checks,
+    Target,
+    check_target,
+    few_rows,
+    target_of,
+)
 
 # The ArviZ tree is thinned to about this size: its log-likelihoods grow with rows x draws.
 ARVIZ_BYTES = 64 * 2**20
 MAX_FUNCTION_ROWS = 50
+NO_TARGET = Target()
 # Stored draws are handed on in pieces of about this size, however large the stored blocks are.
 PIECE_BYTES = 8 * 2**20
 
@@ -65,6 +74,10 @@ class Run:
         What the best member is chosen by.
     folder : Path, optional
         The run folder.
+    target : Target
+        What was sampled until, besides a number of draws (see `bnnmcmc.targets`).
+    checks : tuple of dict
+        How near that was, check by check: "draw", "ess", "lppd", ...
 
     Examples
     --------
@@ -84,6 +97,8 @@ class Run:
     members: Any = None
     validation_loss: np.ndarray | None = None
     folder: Path | None = None
+    target: Target = NO_TARGET
+    checks: tuple[dict[str, Any], ...] = ()
 
     @property
     def encoding(self) -> Encoding | None:
@@ -140,6 +155,7 @@ class Run:
         x, y = sampling_rows(config, dataset)
         draws = stored_draws(folder, manifest, of)
         stats = stored_stats(folder, manifest)
+        target, checks = target_of(manifest)
         return Run(
             posterior,
             draws,
@@ -153,6 +169,8 @@ class Run:
             members,
             losses,
             folder,
+            target,
+            tuple(checks),
         )
 
     def __repr__(self) -> str:
@@ -362,8 +380,60 @@ class Run:
         return encode_features(encoding, table), encode_targets(encoding, table)
 
 
+def watch(
+    target: Target,
+    posterior: Posterior,
+    of: trees.Layout,
+    chains: int,
+    inputs: np.ndarray,
+    held_out: tuple[Any, Any] | None = None,
+    **options: Any,
+) -> Checks:
+    """Return the checks of a target on the predictions of a network.
+
+    Parameters
+    ----------
+    target : Target
+    posterior : Posterior
+    of : trees.Layout
+        Of one position.
+    chains : int
+        Of all processes.
+    inputs : array (rows, features)
+        Predictions at a few of these are followed for the ESS.
+    held_out : tuple of arrays, optional
+        Inputs and targets of validation rows, for the LPPD: at most 500 of them, evenly spaced.
+    **options
+        ``share`` and ``history`` of `Checks`.
+    """
+    few = inputs[few_rows(len(inputs), chains)]
+    scored = None
+    if target.lppd and held_out is not None:
+        stride = max(1, -(-len(held_out[0]) // MAX_SCORED_ROWS))
+        scored = [part[::stride] for part in held_out]
+
+    def evaluate(flat: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+        draws = Draws(of, flat.shape[0], flat.shape[1], lambda: [flat])
+        found = per_draw(posterior, draws, few, batch=BATCH)
+        values = found["mean"] if "mean" in found else found["probabilities"][..., 1:]
+        values = values.reshape(*values.shape[:2], -1)
+        if scored is None:
+            return values, None
+        return values, per_draw(posterior, draws, *scored, batch=BATCH)["log_density"]
+
+    return Checks(target, evaluate, chains, **options)
+
+
 def sample(
-    posterior: Posterior, positions: Any, x, y, *, dataset: Dataset | None = None, **options
+    posterior: Posterior,
+    positions: Any,
+    x,
+    y,
+    *,
+    dataset: Dataset | None = None,
+    until: Target | None = None,
+    held_out: tuple[Any, Any] | None = None,
+    **options,
 ) -> Run:
     """Sample a neural network's posterior with one chain per start position.
 
@@ -377,6 +447,12 @@ def sample(
     dataset : Dataset, optional
         Where x and y come from: predictions then take rows in the table's own units and labels
         and give target units, and ``score()`` has a test part.
+    until : Target, optional
+        Sample until this is met (``bnnmcmc.Target(ess=400)``); ``draws`` is then the most per
+        chain.
+    held_out : tuple of arrays, optional
+        Inputs and targets of rows that are not among x: predictions there are followed for
+        ``until.ess``, those of x if not given; ``until.lppd`` needs them. Not the test rows.
     **options
         As in `sample_density`: kernel ("mclmc" if not given), warmup, draws, thin, seed,
         placement (chosen by the sizes of the problem if not given, see `calibration.choose`),
@@ -402,6 +478,15 @@ def sample(
         )
     if posterior.row_chunk is None:
         at_work = replace(posterior, row_chunk=options["placement"].row_chunk)
+    checks = None
+    if until is not None and until.wanted:
+        rows = None if held_out is None else posterior.arrays(*held_out)
+        check_target(until, rows="train", validation=0 if rows is None else len(rows[0]))
+        of, chains = trees.layout(trees.first(positions)), options["placement"].chains
+        inputs = np.asarray(x if rows is None else rows[0])
+        checks = watch(until, posterior, of, chains, inputs, rows)
+        options["on_block"] = _checked(checks, options.get("on_block"), options.get("draws", 1000))
+        options["block_end"] = checks.next
     samples = sample_density(at_work.log_density, positions, data=(x, y), **options)
     draws = draws_in_memory(samples.draws)
     status = chain_status(draws, samples.stats, options.get("thin", 1))
@@ -416,7 +501,25 @@ def sample(
         dataset,
         warmup_stats=samples.warmup_stats,
         members=positions,
+        target=until or NO_TARGET,
+        checks=() if checks is None else tuple(checks.history),
     )
+
+
+def _checked(checks: Checks, on_block, most: int):
+    """Return an ``on_block`` that also looks whether the target is met."""
+
+    def look(stage, block, schedule):
+        if on_block:
+            on_block(stage, block, schedule)
+        if stage != "sampling":
+            return False
+        checks.add(block.draws)
+        if checks.due or checks.done == most:
+            checks.check()
+        return checks.met
+
+    return look
 
 
 def scores(pooled: Pooled, y: np.ndarray, encoding: Encoding | None) -> dict[str, dict[str, float]]:

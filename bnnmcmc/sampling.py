@@ -293,6 +293,7 @@ def run_blocks(
     last: int | None = None,
     max_count: int | None = None,
     least: Callable[[int], int] = int,
+    block_end: Callable[[int], int] | None = None,
 ) -> Iterator[Block]:
     """Advance all chains from record ``first`` to ``last``, yielding a block at a time.
 
@@ -312,6 +313,8 @@ def run_blocks(
         Most records in one block; by time and memory if not given.
     least : callable
         Returns the least of a number over all processes, which then advance by equal blocks.
+    block_end : callable, optional
+        Returns the number of records at which a block that begins with this one must have ended.
 
     Yields
     ------
@@ -329,7 +332,8 @@ def run_blocks(
     carry = departed(program, carry)
     count, compiled = 1, False
     while first < last:
-        n = least(min(count, limit, last - first))
+        end = last if block_end is None else min(last, block_end(first))
+        n = least(min(count, limit, end - first))
         begun = time.monotonic()
         carry, records = advance(carry, key, np.int32(first), np.int32(n), data)
         # Slicing on the host, after one copy: slicing on the device would compile per length.
@@ -399,7 +403,8 @@ def sample_density(
     seed: int = 0,
     data: tuple = (),
     placement: Placement | None = None,
-    on_block: Callable[[str, Block, Schedule], None] | None = None,
+    on_block: Callable[[str, Block, Schedule], Any] | None = None,
+    block_end: Callable[[int], int] | None = None,
     leaves: Sequence[str] = (),
 ) -> Samples:
     """Sample any log-density over a pytree with one chain per start position.
@@ -422,7 +427,11 @@ def sample_density(
     placement : Placement
         Where the chains run; chosen from the devices at hand if not given.
     on_block : callable
-        ``on_block(stage, block, schedule)`` after each block, for progress.
+        ``on_block(stage, block, schedule)`` after each block, for progress; if it returns True,
+        sampling ends with that block, and there are fewer draws.
+    block_end : callable, optional
+        ``block_end(first)``: the number of draws at which a block that begins with draw ``first``
+        must have ended, so that ``on_block`` sees it.
     leaves : sequence of str
         Sample only the leaves in whose dotted names one of these regular expressions is found;
         the others stay at each chain's start position. All if not given.
@@ -491,11 +500,12 @@ def sample_density(
     for stage, schedule in (("warmup", program.warmup), ("sampling", program.sampling)):
         if stage == "sampling":
             carry = finish_warmup(program, carry)
-        for block in run_blocks(program, stage, carry, seed, data):
+        end = block_end if stage == "sampling" else None
+        for block in run_blocks(program, stage, carry, seed, data, block_end=end):
             carry = block.carry
             blocks[stage].append(block._replace(carry=None))
-            if on_block:
-                on_block(stage, block, schedule)
+            if on_block and on_block(stage, block, schedule) is True and stage == "sampling":
+                break
     flat = np.concatenate([b.draws for b in blocks["sampling"] if b.draws is not None], axis=1)
     return Samples(
         trees.unflatten(flat, of),
