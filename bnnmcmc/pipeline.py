@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
-from bnnmcmc import build, diagnostics, preflight, progress, store, trees
+from bnnmcmc import build, diagnostics, health, preflight, progress, store, trees
 from bnnmcmc.ahead import FUNCTIONS, Ahead
 from bnnmcmc.config import Config, to_toml, with_placement
 from bnnmcmc.data import Dataset, fingerprint, save_dataset
@@ -216,6 +216,7 @@ def start_run(
         "stopped": None,
         "until": config.stop.model_dump(),
         "checks": [],
+        "stopped_chains": {},
         "planned": False,
         "notes": [],
     }
@@ -628,8 +629,10 @@ def draw(job: Job) -> bool:
         progress.stage(job.console, "Sampling", total * steps, "steps", done * steps) as update,
     ):
         limit = job.config.run.block_draws or None
-        checks = _begin_checks(job, done)
-        if done < total and not late and not (checks and checks.met):
+        stopped = dict(manifest.get("stopped_chains") or {})
+        some_go_on = len(stopped) < manifest["chains"]
+        checks = _begin_checks(job, done) if some_go_on else None
+        if done < total and not late and some_go_on and not (checks and checks.met):
             for block in run_blocks(
                 sampler.program,
                 "sampling",
@@ -640,10 +643,13 @@ def draw(job: Job) -> bool:
                 max_count=limit,
                 least=job.group.least,
                 block_end=checks.next if checks else None,
+                watch=_watch(job, stopped),
             ):
                 done = block.start + block.count
                 assert block.draws is not None
-                changes: dict[str, Any] = {}
+                assert block.stopped is not None
+                stopped = _all_stopped(job, block.stopped)
+                changes: dict[str, Any] = {"stopped_chains": stopped}
                 if checks:
                     checks.add(block.draws)
                     if checks.due or done == total:
@@ -664,16 +670,28 @@ def draw(job: Job) -> bool:
                     checkpoint=job.store.checkpoint("sampling", done, tree),
                     **changes,
                 )
-                note = _note(block.stats)
+                note = _note(
+                    block.stats,
+                    health.say_now(
+                        block.stats,
+                        steps,
+                        wanted=sampler.program.kernel.wanted,
+                        stopped=len(stopped),
+                    ),
+                )
                 if checks:
                     note = f"{say_progress(checks.target, checks.history)}, {note}"
                 update(done * steps, note)
+                if len(stopped) == job.manifest["chains"]:
+                    break
                 if checks and checks.met:
                     break
                 if job.stop.at(job.stop.sampling_deadline):
                     break
                 del block, leaves  # as large as what the next block takes
         met = checks is not None and checks.met
+        if len(stopped) == job.manifest["chains"]:
+            _give_up(job)
         if job.stop.interrupted and done < total and not met:
             return False
         if met and done < total:
@@ -683,6 +701,45 @@ def draw(job: Job) -> bool:
         said = say_outcome(job.manifest)
         job.console.print(f"Sampling: {said}", highlight=False, markup=False, soft_wrap=True)
     return True
+
+
+def _watch(job: Job, stopped: dict[str, int]) -> health.Watch:
+    """Return what was seen of this process's chains so far, from the last draws' statistics."""
+    first, chains = job.placement.first, job.placement.chains
+    own = {int(c) - first: draw for c, draw in stopped.items() if 0 <= int(c) - first < chains}
+    watch = health.nothing_seen(chains, own)
+    blocks, kept = job.manifest["blocks"], 0
+    for number in range(len(blocks) - 1, -1, -1):
+        kept += blocks[number]["count"]
+        if kept > health.STOP_AFTER:
+            blocks = blocks[number:]
+            break
+    path, names = job.store.folder / "stats", job.manifest["statistics"]
+    for block, stats in zip(blocks, store.read_blocks(path, names, blocks), strict=True):
+        watch = health.look(watch, _own(job, stats), block["start"], job.manifest["thin"])
+    return watch
+
+
+def _all_stopped(job: Job, stopped: np.ndarray) -> dict[str, int]:
+    """Return chain -> after how many draws it was stopped, of all processes."""
+    own = health.stopped_chains(stopped, job.placement.first)
+    parts = job.group.share({str(chain): draw for chain, draw in own.items()})
+    return {chain: draw for part in parts for chain, draw in part.items()}
+
+
+def _give_up(job: Job) -> None:
+    """End a run without a chain that goes on; what it has computed stays."""
+    job.store.commit(stopped="every chain was stopped")
+    job.store.follow()
+    folder, manifest = job.store.folder, job.manifest
+    names, blocks = manifest["statistics"], manifest["blocks"]
+    found = list(store.read_blocks(folder / "stats", names, blocks))
+    stats = {name: np.concatenate([part[name] for part in found], axis=1) for name in names}
+    chains = {int(c): draw for c, draw in job.manifest["stopped_chains"].items()}
+    raise InputError(
+        f"{health.say_all_stopped(stats, chains, manifest['thin'])}. What was drawn is kept in "
+        f"{folder}; look at it with: bnnmcmc diagnose {folder}"
+    )
 
 
 def _begin_checks(job: Job, done: int) -> Checks | None:
@@ -847,11 +904,17 @@ def _plan(job: Job, step_seconds: float, sampler: Ahead, steps_done: int) -> dic
     return {**fewer, "notes": [*job.manifest["notes"], note]}
 
 
-def _note(stats: dict[str, np.ndarray]) -> str:
-    """Say in a few words how the chains do."""
-    parts = [f"log-density {np.median(stats['log_density'][:, -1]):.4g}"]
+def _note(stats: dict[str, np.ndarray], trouble: str = "") -> str:
+    """Say in a few words how the chains do that go on."""
+    going = ~np.isnan(stats["log_density"][:, -1])
+    if going.any():
+        stats = {name: values[going] for name, values in stats.items()}
+    parts = [trouble] if trouble else []
+    parts.append(f"log-density {np.median(stats['log_density'][:, -1]):.4g}")
     if "acceptance_rate" in stats:
         parts.append(f"acceptance {np.mean(stats['acceptance_rate']):.2f}")
+    if "energy_error_squared" in stats:
+        parts.append(f"EEVPD {np.mean(stats['energy_error_squared']):.2g}")
     if "step_size" in stats:
         parts.append(f"step size {np.median(stats['step_size'][:, -1]):.2g}")
     if stats["diverging"].sum():

@@ -1,8 +1,10 @@
 """A run: the draws of a posterior with all that is needed to use them."""
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import jax
@@ -10,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bnnmcmc import health, metrics, store, trees
-from bnnmcmc.build import make_posterior, sampling_rows
+from bnnmcmc.build import make_kernel, make_posterior, sampling_rows
 from bnnmcmc.calibration import choose
 from bnnmcmc.config import Config, read_config
 from bnnmcmc.data import (
@@ -28,6 +30,7 @@ from bnnmcmc.errors import InputError
 from bnnmcmc.posterior import Posterior, activation_bytes
 from bnnmcmc.prediction import Prediction, in_target_units
 from bnnmcmc.predictive import BATCH, Draws, Pooled, draws_in_memory, per_draw, pool, thinned
+from bnnmcmc.samplers.table import kernel_named
 from bnnmcmc.sampling import sample_density
 from bnnmcmc.targets import (
     MAX_SCORED_ROWS,
@@ -60,7 +63,8 @@ class Run:
     x, y : arrays
         The rows that the posterior conditions on, as the network sees them.
     status : tuple of ChainStatus
-        One per chain, with a sentence. Chains that are "nonfinite" do not enter the pool.
+        One per chain, with a sentence. Chains that are "nonfinite" or "stopped" do not enter the
+        pool.
     seed : int
         Of the run; also of the predictive samples.
     dataset : Dataset, optional
@@ -78,6 +82,9 @@ class Run:
         What was sampled until, besides a number of draws (see `bnnmcmc.targets`).
     checks : tuple of dict
         How near that was, check by check: "draw", "ess", "lppd", ...
+    stopped : mapping
+        Chain -> after how many draws it was stopped, because it failed repeatedly
+        (`health.look`). What comes after that is NaN (0 in statistics of whole numbers).
 
     Examples
     --------
@@ -99,6 +106,7 @@ class Run:
     folder: Path | None = None
     target: Target = NO_TARGET
     checks: tuple[dict[str, Any], ...] = ()
+    stopped: Mapping[int, int] = MappingProxyType({})
 
     @property
     def encoding(self) -> Encoding | None:
@@ -107,15 +115,17 @@ class Run:
 
     @property
     def pooled_chains(self) -> list[int]:
-        """The chains that enter the pool: all but the non-finite ones."""
-        return [i for i, chain in enumerate(self.status) if chain.status != "nonfinite"]
+        """The chains that enter the pool: all but those not finite, or stopped."""
+        return [i for i, chain in enumerate(self.status) if chain.status not in health.LEFT_OUT]
 
     @property
     def pooled_draws(self) -> Draws:
         """The draws of the chains that enter the pool."""
         chains = self.pooled_chains
         if not chains:
-            raise InputError("every chain is non-finite: there is nothing to predict with")
+            raise InputError(
+                "every chain is non-finite or was stopped: there is nothing to predict with"
+            )
         if len(chains) == self.draws.chains:
             return self.draws
         return self.draws._replace(
@@ -156,13 +166,14 @@ class Run:
         draws = stored_draws(folder, manifest, of)
         stats = stored_stats(folder, manifest)
         target, checks = target_of(manifest)
+        wanted, stopped = make_kernel(config).wanted, stopped_of(manifest)
         return Run(
             posterior,
             draws,
             stats,
             x,
             y,
-            tuple(chain_status(draws, stats, manifest["thin"])),
+            tuple(chain_status(draws, stats, manifest["thin"], wanted, stopped)),
             manifest["seed"],
             dataset,
             store.read_arrays(folder / "warmup.npz"),
@@ -171,6 +182,7 @@ class Run:
             folder,
             target,
             tuple(checks),
+            stopped,
         )
 
     def __repr__(self) -> str:
@@ -272,7 +284,7 @@ class Run:
         return values.reshape(*values.shape[:2], -1)
 
     def to_arviz(self, every: int | None = None):
-        """Return an ArviZ DataTree of all chains.
+        """Return an ArviZ DataTree of all chains but those that were stopped.
 
         Parameters
         ----------
@@ -286,7 +298,14 @@ class Run:
         xarray.DataTree
             Groups posterior, sample_stats, log_likelihood and posterior_predictive (at the rows
             sampled on), observed_data. Numeric targets are in their own units;
-            log-likelihoods are densities on the standardised scale.
+            log-likelihoods are densities on the standardised scale. The tree is rectangular, so
+            that a chain that was stopped cannot be in it; the attribute ``stopped_chains`` says
+            after how many draws which ones were.
+
+        Raises
+        ------
+        InputError
+            Every chain was stopped, or ``every`` is below 1.
         """
         from bnnmcmc import diagnostics
 
@@ -303,8 +322,11 @@ class Run:
             records = max(1, -(-size // (ARVIZ_BYTES // 8)))
         if every < 1:
             raise InputError(f"every: found {every}, expected at least 1")
-        draws, chains = thinned(self.draws, every), np.arange(0, self.draws.chains, one_in)
-        if one_in > 1:
+        going = [chain for chain in range(self.draws.chains) if chain not in self.stopped]
+        if not going:
+            raise InputError("every chain was stopped: there is no whole chain for ArviZ")
+        draws, chains = thinned(self.draws, every), np.array(going)[::one_in]
+        if len(chains) < self.draws.chains:
             blocks = draws.blocks
             draws = draws._replace(chains=len(chains), blocks=lambda: (b[chains] for b in blocks()))
         found = per_draw(self.posterior, draws, self.x, self.y, seed=self.seed)
@@ -340,6 +362,7 @@ class Run:
             attrs={
                 "thinned_by": every,
                 "one_chain_in": one_in,
+                "stopped_chains": {str(chain): draw for chain, draw in self.stopped.items()},
                 "warmup_records_thinned_by": records,
                 "seed": self.seed,
             },
@@ -489,7 +512,9 @@ def sample(
         options["block_end"] = checks.next
     samples = sample_density(at_work.log_density, positions, data=(x, y), **options)
     draws = draws_in_memory(samples.draws)
-    status = chain_status(draws, samples.stats, options.get("thin", 1))
+    wanted = kernel_named(options["kernel"]).wanted
+    thin, stopped = options.get("thin", 1), samples.stopped
+    status = chain_status(draws, samples.stats, thin, wanted, stopped)
     return Run(
         posterior,
         draws,
@@ -503,6 +528,7 @@ def sample(
         members=positions,
         target=until or NO_TARGET,
         checks=() if checks is None else tuple(checks.history),
+        stopped=stopped,
     )
 
 
@@ -641,9 +667,23 @@ def stored_stats(folder: Path, manifest: dict[str, Any]) -> dict[str, np.ndarray
     return {name: np.concatenate([block[name] for block in blocks], axis=1) for name in names}
 
 
-def chain_status(draws: Draws, stats: dict[str, np.ndarray], thin: int) -> list[health.ChainStatus]:
-    """Return the status of every chain, from its draws and statistics alone."""
+def stopped_of(manifest: dict[str, Any]) -> dict[int, int]:
+    """Return chain -> after how many draws it was stopped, from a run's manifest."""
+    return {int(chain): draw for chain, draw in (manifest.get("stopped_chains") or {}).items()}
+
+
+def chain_status(
+    draws: Draws,
+    stats: dict[str, np.ndarray],
+    thin: int,
+    wanted: Mapping[str, float] | None = None,
+    stopped: Mapping[int, int] | None = None,
+) -> list[health.ChainStatus]:
+    """Return the status of every chain, from its draws and statistics alone.
+
+    ``wanted`` and ``stopped`` are as in `health.chain_statuses`.
+    """
     finite = np.ones(draws.chains, dtype=bool)
     for block in draws.blocks():
         finite &= np.isfinite(block).all(axis=(1, 2))
-    return health.chain_statuses(stats, finite, thin)
+    return health.chain_statuses(stats, finite, thin, wanted=wanted, stopped=stopped)

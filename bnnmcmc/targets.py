@@ -24,6 +24,8 @@ MAX_SEQUENCES, MIN_ROWS, MAX_ROWS = 2000, 5, 20
 MAX_KEPT, MIN_KEPT_DRAWS = 2_000_000, 128
 # The LPPD is that of so many validation rows at the most.
 MAX_SCORED_ROWS = 500
+# So many draws of all chains are evaluated at a time.
+MAX_AT_ONCE = 4096
 
 
 class Target(NamedTuple):
@@ -257,6 +259,11 @@ class Checks:
 
     def add(self, draws: np.ndarray) -> None:
         """Take in the next draws (chain, count, size) of this process's chains."""
+        few = max(1, MAX_AT_ONCE // len(draws))
+        for low in range(0, draws.shape[1], few):
+            self._add(draws[:, low : low + few])
+
+    def _add(self, draws: np.ndarray) -> None:
         begun = time.monotonic()
         predictions, log_density = self._evaluate(draws)
         finite = np.isfinite(draws).all(axis=(1, 2)) & np.isfinite(predictions).all(axis=(1, 2))

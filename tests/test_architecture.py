@@ -34,7 +34,7 @@ MAY_IMPORT = {
     "ensemble": {"keys", "trees", "placement"},
     "samplers": {"samplers", "keys", "trees"},
     "records": {"samplers", "placement"},
-    "sampling": {"records", "samplers", "placement", "keys", "trees"},
+    "sampling": {"records", "samplers", "placement", "keys", "trees", "health"},
     "store": {"trees", "processes"},
     "symmetry": {"trees"},
     "predictive": {"likelihoods", "trees", "placement", "keys"},

@@ -373,6 +373,8 @@ def _progress(run: RunFolder) -> list[Sentence]:
         text = f"Unfinished: the run is in the stage “{where}”{why}"
         if run.draws and on_disk:
             text += f", with {on_disk} on disk"
+        if len(manifest.get("stopped_chains") or {}) == manifest.get("chains"):
+            return [Sentence("bad", f"{text}. There is no chain left to go on with.")]
         return [Sentence("note", f"{text}. To go on: {resume}")]
     if manifest.get("until") and run.draws:
         outcome, met = say_outcome(manifest), is_met(*target_of(manifest))
