@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     from bnnmcmc.samplers.nuts import nuts as nuts
     from bnnmcmc.sampling import Samples as Samples
     from bnnmcmc.sampling import sample_density as sample_density
+    from bnnmcmc.targets import Target as Target
 
 _HOMES = {
     "Dataset": "data.Dataset",
@@ -71,6 +72,7 @@ _HOMES = {
     "Run": "run.Run",
     "Samples": "sampling.Samples",
     "Split": "data.Split",
+    "Target": "targets.Target",
     "Warmup": "samplers.kernel.Warmup",
     "bernoulli": "likelihoods.bernoulli",
     "categorical": "likelihoods.categorical",

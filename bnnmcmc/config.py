@@ -378,6 +378,50 @@ def _kernel_kind(section: Any) -> Any:
     return OWN if ":" in str(kernel) else str(kernel)
 
 
+class StopConfig(Section):
+    """[stop]: sample until a target is met, but no more than sampler.draws."""
+
+    ess: float = Field(
+        default=0.0,
+        ge=0,
+        description="function-space ESS to reach, all chains together: bulk ESS of a prediction "
+        "within each chain, summed over chains, median over predictions of validation inputs; 0: "
+        "no such target",
+    )
+    lppd: float = Field(
+        default=0.0,
+        ge=0,
+        description="the LPPD on the validation rows has settled when its last checks + 1 values "
+        'differ by no more than this, in nats per row; needs sampler.rows = "train"; 0: no such '
+        "target",
+    )
+    every: int = Field(
+        default=50,
+        ge=10,
+        description="draws to the next check; after ten checks, each comes a tenth later",
+    )
+    checks: int = Field(
+        default=3, ge=2, description="for how many checks the LPPD has to stay where it is"
+    )
+
+    @field_validator("every")
+    @classmethod
+    def _every_fits(cls, value, info):
+        targets = _changed(cls, info.data, "ess", "lppd")
+        wrong_elsewhere = not {"ess", "lppd"} <= set(info.data)
+        if value != cls.model_fields["every"].default and not (targets or wrong_elsewhere):
+            raise ValueError("needs a target, stop.ess or stop.lppd; add one, or remove it")
+        return value
+
+    @field_validator("checks")
+    @classmethod
+    def _checks_fits(cls, value, info):
+        unused = info.data.get("lppd", "of a wrong type") == 0
+        if value != cls.model_fields["checks"].default and unused:
+            raise ValueError("needs stop.lppd; add that, or remove it")
+        return value
+
+
 class RunConfig(Section):
     """[run]: everything about the run that is not the model."""
 
@@ -428,7 +472,19 @@ class Config(Section):
         | Annotated[OwnKernelConfig, Tag(OWN)],
         Discriminator(_kernel_kind),
     ] = MCLMCConfig()
+    stop: StopConfig = StopConfig()
     run: RunConfig = RunConfig()
+
+    @field_validator("stop")
+    @classmethod
+    def _held_out(cls, value, info):
+        sampler = info.data.get("sampler")
+        if value.lppd and sampler is not None and sampler.rows != "train":
+            raise ValueError(
+                'lppd needs sampler.rows = "train", found "train+validation": the LPPD of rows '
+                "that the posterior conditions on is no held-out score; set that, or stop by ess"
+            )
+        return value
 
     @property
     def task(self) -> Literal["regression", "classification"]:

@@ -32,6 +32,7 @@ from bnnmcmc.posterior import Posterior, check_finite
 from bnnmcmc.processes import Group
 from bnnmcmc.progress import duration
 from bnnmcmc.run import position_layout
+from bnnmcmc.targets import Target, check_target
 
 # Packages that decide what a draw's bits are, and others worth knowing.
 PINNED = ("bnnmcmc", "jax", "jaxlib", "blackjax", "numpyro", "optax")
@@ -68,6 +69,8 @@ def check_model(
         A part cannot be built, shapes do not fit, disk or memory do not suffice, or the density is
         not finite at the start.
     """
+    target = Target(**config.stop.model_dump())
+    check_target(target, rows=config.sampler.rows, validation=len(dataset.validation))
     posterior = build.make_posterior(config, dataset.encoding)
     if folder is not None:
         check_disk(folder, position_layout(posterior), config.ensemble.members, draws)
@@ -309,6 +312,7 @@ def print_estimate(
     steps = sampler.warmup + sampler.draws * sampler.thin
     encoding = dataset.encoding
     classes = f", {len(encoding.classes)} classes" if encoding.classes else ""
+    most = " at most" if Target(**config.stop.model_dump()).wanted else ""
     part = f", {cost.sampled} of them sampled" if cost.sampled < cost.parameters else ""
     lines = {
         "data": f"{dataset.name}: {len(dataset.x)} rows, {dataset.x.shape[1]} features, "
@@ -321,7 +325,7 @@ def print_estimate(
         "disk": f"{cost.disk / 1e6:.1f} MB of draws",
         "training": f"{duration(cost.epoch_seconds * cost.max_epochs)} at most "
         f"({cost.max_epochs} epochs of {1e3 * cost.epoch_seconds:.2g} ms; members stop early)",
-        "sampling": f"{time_needed} ({steps} {sampler.kernel} steps per chain, "
+        "sampling": f"{time_needed}{most} ({steps} {sampler.kernel} steps per chain, "
         f"{1e3 * cost.gradient_seconds:.2g} ms per gradient of all chains)",
     }
     for name, text in lines.items():

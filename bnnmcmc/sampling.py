@@ -17,11 +17,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bnnmcmc import trees
+from bnnmcmc import health, trees
 from bnnmcmc.errors import InputError
 from bnnmcmc.keys import stage_key
 from bnnmcmc.placement import Placement, gather, indices, over_chains, place, replicate, spread
-from bnnmcmc.records import Schedule, no_flight, no_progress, record_steps, run_ahead
+from bnnmcmc.records import Going, Schedule, no_flight, no_progress, record_steps, run_ahead
 from bnnmcmc.samplers.contract import check_kernel
 from bnnmcmc.samplers.kernel import Kernel
 from bnnmcmc.samplers.table import kernel_named
@@ -44,9 +44,9 @@ class Block(NamedTuple):
     start, count : int
         Records ``start .. start + count - 1``.
     draws : numpy array or None
-        (chain, count, size) positions, None during warm-up.
+        (chain, count, size) positions, None during warm-up; NaN after a chain was stopped.
     stats : dict
-        name -> (chain, count).
+        name -> (chain, count); after a chain was stopped, NaN and for whole numbers 0.
     carry : pytree
         The chains' state after the block, on the devices.
     seconds : float
@@ -55,6 +55,8 @@ class Block(NamedTuple):
         (chain,) For chains that run ahead: how many gradients a chain could have made, with those
         it was left out of; what it did make is in ``stats["gradients"]``. Over a whole run, the
         ratio of the sums is the utilisation.
+    stopped : numpy array (chain,) or None
+        After how many draws a chain was stopped (see `health.look`), -1 for those that go on.
     """
 
     start: int
@@ -64,6 +66,7 @@ class Block(NamedTuple):
     carry: Any
     seconds: float
     ticks: np.ndarray | None = None
+    stopped: np.ndarray | None = None
 
 
 class Program(NamedTuple):
@@ -165,15 +168,16 @@ def build_program(
 
     def depart_chain(chain):
         assert parts is not None
-        return no_flight(parts, *chain)
+        return Going(jnp.asarray(True), no_flight(parts, *chain))
 
     def go_ahead(carry, key, first, count, data, schedule, capacity, in_use, adapt):
         assert parts is not None
-        (index, fixed), *inner = carry
+        (index, fixed), *inner, going = carry
         inner, records = run_ahead(
             parts,
             jax.random.fold_in(key, index),
-            tuple(inner),
+            (*inner, going.flight),
+            going.active,
             first,
             count,
             schedule,
@@ -182,14 +186,14 @@ def build_program(
             in_use,
             adapt,
         )
-        return ((index, fixed), *inner), records
+        return ((index, fixed), *inner[:3], going._replace(flight=inner[3])), records
 
     def warm_chain(carry, key, first, count, data):
         traces["warm"] += 1
         if parts is not None:
             rules = warm_rules.in_use, warm_rules.adapt
             return go_ahead(carry, key, first, count, data, warm_schedule, WARMUP_RECORDS, *rules)
-        (index, fixed), state, adaptation, _, _ = carry
+        (index, fixed), state, adaptation, _, going = carry
         density, chain_key = density_of(data, fixed), jax.random.fold_in(key, index)
 
         def step(t, inner):
@@ -202,7 +206,7 @@ def build_program(
         (state, adaptation), records = record_steps(
             step, (state, adaptation), first, count, warm_schedule, WARMUP_RECORDS
         )
-        return ((index, fixed), state, adaptation, None, None), (*records, None)
+        return ((index, fixed), state, adaptation, None, going), (*records, None)
 
     def finish_chain(carry):
         traces["finish"] += 1
@@ -217,16 +221,24 @@ def build_program(
         if parts is not None:
             rules = (lambda params: params), (lambda params, state, info, t: params)
             return go_ahead(carry, key, first, count, data, draw_schedule, capacity, *rules)
-        (index, fixed), state, params, _, _ = carry
+        (index, fixed), state, params, _, going = carry
         density, chain_key = density_of(data, fixed), jax.random.fold_in(key, index)
 
         def step(t, state):
             return kernel.step(jax.random.fold_in(chain_key, t), state, params, density)
 
         state, records = record_steps(
-            step, state, first, count, draw_schedule, capacity, keep=lambda state: state.position
+            step,
+            state,
+            first,
+            count,
+            draw_schedule,
+            capacity,
+            keep=lambda state: state.position,
+            active=going.active,
+            together=placement.together,
         )
-        return ((index, fixed), state, params, None, None), (*records, None)
+        return ((index, fixed), state, params, None, going), (*records, None)
 
     return Program(
         kernel,
@@ -250,7 +262,8 @@ def start_chains(program: Program, positions: jax.Array, seed: int, data: tuple)
     """Return the carry of all chains before the first warm-up step.
 
     A carry is ((index, fixed part of the position or None), state, adaptation or parameters,
-    `Progress`, `Flight`), the last two None for chains that do not run ahead.
+    `Progress` or None, `Going` or None): the fourth for chains that run ahead, the last for
+    chains on their way.
 
     Parameters
     ----------
@@ -282,9 +295,12 @@ def at_rest(carry: Any) -> Any:
 
 def departed(program: Program, carry: Any) -> Any:
     """Return a carry with which a block can begin."""
-    if not program.runs_ahead or carry[4] is not None:
+    if carry[4] is not None:
         return carry
-    return (*carry[:4], program.depart(carry[1:3]))
+    if program.runs_ahead:
+        return (*carry[:4], program.depart(carry[1:3]))
+    active = np.ones(program.placement.chains, bool)
+    return (*carry[:4], Going(spread(active, program.placement), None))
 
 
 def run_blocks(
@@ -298,6 +314,8 @@ def run_blocks(
     last: int | None = None,
     max_count: int | None = None,
     least: Callable[[int], int] = int,
+    block_end: Callable[[int], int] | None = None,
+    watch: health.Watch | None = None,
 ) -> Iterator[Block]:
     """Advance all chains from record ``first`` to ``last``, yielding a block at a time.
 
@@ -317,6 +335,11 @@ def run_blocks(
         Most records in one block; by time and memory if not given.
     least : callable
         Returns the least of a number over all processes, which then advance by equal blocks.
+    block_end : callable, optional
+        Returns the number of records at which a block that begins with this one must have ended.
+    watch : health.Watch, optional
+        What is known of the draws before ``first``, if there are any: chains that fail repeatedly
+        are stopped, wherever blocks begin.
 
     Yields
     ------
@@ -332,9 +355,15 @@ def run_blocks(
     key = stage_key(seed, stage)
     last = schedule.records if last is None else last
     carry = departed(program, carry)
+    chains, watch = program.placement.chains, watch or health.nothing_seen(program.placement.chains)
+    active = np.ones(chains, bool)
     count, compiled = 1, False
     while first < last:
-        n = least(min(count, limit, last - first))
+        if not np.array_equal(active, watch.stopped < 0):
+            active = watch.stopped < 0
+            carry = (*carry[:4], carry[4]._replace(active=spread(active, program.placement)))
+        end = last if block_end is None else min(last, block_end(first))
+        n = least(min(count, limit, end - first))
         begun = time.monotonic()
         carry, records = advance(carry, key, np.int32(first), np.int32(n), data)
         # Slicing on the host, after one copy: slicing on the device would compile per length.
@@ -345,16 +374,14 @@ def run_blocks(
             kept = trees.join(kept, fixed, program.layout, program.sampled)
         seconds = time.monotonic() - begun
         del records  # each copy of a block's draws goes as soon as there is the next one
-        block = Block(
-            first,
-            n,
-            # Copies: a view would keep the whole buffer alive for as long as the block.
-            None if kept is None else kept[:, :n].copy(),
-            {name: values[:, :n].copy() for name, values in stats.items()},
-            carry,
-            seconds,
-            ticks,
-        )
+        # Copies: a view would keep the whole buffer alive for as long as the block.
+        kept = None if kept is None else kept[:, :n].copy()
+        stats = {name: values[:, :n].copy() for name, values in stats.items()}
+        if not warming:
+            watch = health.look(watch, stats, first, schedule.thin)
+            _blank_stopped(watch.stopped, first, kept, stats)
+        stopped = None if warming else watch.stopped
+        block = Block(first, n, kept, stats, carry, seconds, ticks, stopped)
         del kept, stats
         first += n
         if compiled:  # the first call's time holds the compilation
@@ -363,6 +390,14 @@ def run_blocks(
         compiled = True
         yield block
         del block
+
+
+def _blank_stopped(stopped: np.ndarray, first: int, kept: Any, stats: dict) -> None:
+    """Take out what a chain did after it was stopped: how much depends on the block."""
+    for chain in np.flatnonzero(stopped >= 0):
+        rest = slice(max(0, stopped[chain] - first), None)
+        for values in (kept, *stats.values()):
+            values[chain, rest] = np.nan if values.dtype.kind == "f" else 0
 
 
 class Samples(NamedTuple):
@@ -380,6 +415,9 @@ class Samples(NamedTuple):
         The kernel's adapted parameters, (chain, ...) each.
     kernel : str
         The kernel's name.
+    stopped : dict
+        Chain -> after how many draws it was stopped, for those that failed repeatedly (see
+        `health.look`); what comes after that is NaN.
     """
 
     draws: Any
@@ -387,6 +425,7 @@ class Samples(NamedTuple):
     warmup_stats: dict[str, np.ndarray]
     params: Any
     kernel: str
+    stopped: dict[int, int] = {}  # noqa: RUF012  (never changed)
 
     def __repr__(self) -> str:
         chains, draws = self.stats["log_density"].shape
@@ -404,7 +443,8 @@ def sample_density(
     seed: int = 0,
     data: tuple = (),
     placement: Placement | None = None,
-    on_block: Callable[[str, Block, Schedule], None] | None = None,
+    on_block: Callable[[str, Block, Schedule], Any] | None = None,
+    block_end: Callable[[int], int] | None = None,
     leaves: Sequence[str] = (),
 ) -> Samples:
     """Sample any log-density over a pytree with one chain per start position.
@@ -427,7 +467,11 @@ def sample_density(
     placement : Placement
         Where the chains run; chosen from the devices at hand if not given.
     on_block : callable
-        ``on_block(stage, block, schedule)`` after each block, for progress.
+        ``on_block(stage, block, schedule)`` after each block, for progress; if it returns True,
+        sampling ends with that block, and there are fewer draws.
+    block_end : callable, optional
+        ``block_end(first)``: the number of draws at which a block that begins with draw ``first``
+        must have ended, so that ``on_block`` sees it.
     leaves : sequence of str
         Sample only the leaves in whose dotted names one of these regular expressions is found;
         the others stay at each chain's start position. All if not given.
@@ -439,8 +483,8 @@ def sample_density(
     Raises
     ------
     InputError
-        A start position with a non-finite density, counts out of range, or a kernel that does not
-        keep the protocol (see `Kernel`).
+        A start position with a non-finite density, counts out of range, a kernel that does not
+        keep the protocol (see `Kernel`), or every chain was stopped because it failed repeatedly.
 
     Examples
     --------
@@ -496,14 +540,21 @@ def sample_density(
             "expected a finite number"
         )
     blocks: dict[str, list[Block]] = {"warmup": [], "sampling": []}
+    stopped: dict[int, int] = {}
     for stage, schedule in (("warmup", program.warmup), ("sampling", program.sampling)):
         if stage == "sampling":
             carry = finish_warmup(program, carry)
-        for block in run_blocks(program, stage, carry, seed, data):
+        end = block_end if stage == "sampling" else None
+        for block in run_blocks(program, stage, carry, seed, data, block_end=end):
             carry = block.carry
             blocks[stage].append(block._replace(carry=None))
-            if on_block:
-                on_block(stage, block, schedule)
+            if block.stopped is not None:
+                stopped = health.stopped_chains(block.stopped)
+            if len(stopped) == chains:
+                found = join_stats(blocks["sampling"])
+                raise InputError(health.say_all_stopped(found, stopped, thin))
+            if on_block and on_block(stage, block, schedule) is True and stage == "sampling":
+                break
     flat = np.concatenate([b.draws for b in blocks["sampling"] if b.draws is not None], axis=1)
     return Samples(
         trees.unflatten(flat, of),
@@ -511,6 +562,7 @@ def sample_density(
         join_stats(blocks["warmup"]),
         gather(carry[2], placement),
         chosen.name,
+        stopped,
     )
 
 

@@ -52,6 +52,9 @@ warmup = 10000                 # steps per chain
 draws = 1000                   # kept per chain
 thin = 10                      # steps per kept draw
 
+# [stop]
+# ess = 400                    # stop earlier: when the draws are worth so many independent ones
+
 [run]
 seed = 0
 """

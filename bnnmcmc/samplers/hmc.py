@@ -89,4 +89,12 @@ def hmc(
         return window_warmup(step, num_steps, initial_step_size, target_acceptance)
 
     fixed = num_leapfrog if shortest == longest else None
-    return Kernel("hmc", init, warmup, step, exact=True, gradients_per_step=fixed)
+    return Kernel(
+        "hmc",
+        init,
+        warmup,
+        step,
+        exact=True,
+        gradients_per_step=fixed,
+        wanted={"acceptance_rate": target_acceptance},
+    )

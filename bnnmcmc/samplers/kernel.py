@@ -4,7 +4,8 @@ A kernel sees a log-density over a flat vector and nothing of the model behind i
 one chain; the block loop advances many.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -120,6 +121,9 @@ class Kernel(NamedTuple):
         Gradient evaluations in one step, None if it varies.
     trajectories : Trajectories, optional
         The parts of ``step``, if it is a trajectory of varying length.
+    wanted : mapping
+        What the kernel aims at, or cannot exceed, by the name of the statistic: its target
+        "acceptance_rate", the greatest "tree_depth", the "energy_error_squared" it is tuned for.
     """
 
     name: str
@@ -129,3 +133,4 @@ class Kernel(NamedTuple):
     exact: bool
     gradients_per_step: int | None
     trajectories: Trajectories | None = None
+    wanted: Mapping[str, float] = MappingProxyType({})

@@ -146,7 +146,15 @@ def mams(
     def warmup(num_steps: int) -> Warmup:
         return _warmup(step, unadjusted, num_steps, target_acceptance)
 
-    return Kernel("mams", unadjusted.init, warmup, step, exact=True, gradients_per_step=None)
+    return Kernel(
+        "mams",
+        unadjusted.init,
+        warmup,
+        step,
+        exact=True,
+        gradients_per_step=None,
+        wanted={"acceptance_rate": target_acceptance},
+    )
 
 
 def _warmup(step, unadjusted: Kernel, num_steps: int, target: float) -> Warmup:

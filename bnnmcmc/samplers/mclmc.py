@@ -200,7 +200,15 @@ def mclmc(
             published,
         )
 
-    return Kernel("mclmc", init, warmup, step, exact=False, gradients_per_step=gradients)
+    return Kernel(
+        "mclmc",
+        init,
+        warmup,
+        step,
+        exact=False,
+        gradients_per_step=gradients,
+        wanted={"energy_error_squared": energy_variance_end},
+    )
 
 
 def mile_warmup(

@@ -179,6 +179,7 @@ def nuts(
         exact=True,
         gradients_per_step=None,
         trajectories=trajectories,
+        wanted={"acceptance_rate": target_acceptance, "tree_depth": max_depth},
     )
 
 
