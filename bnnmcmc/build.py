@@ -22,6 +22,7 @@ from bnnmcmc.placement import Placement
 from bnnmcmc.posterior import Posterior, activation_bytes
 from bnnmcmc.processes import Group, share_of
 from bnnmcmc.samplers.kernel import Kernel
+from bnnmcmc.samplers.mass import MAX_WINDOW_DRAWS
 from bnnmcmc.samplers.table import KERNELS
 
 # Of a chain on a device: position, gradient, momentum, moments, metric, and their next values.
@@ -180,7 +181,7 @@ def make_placement(
         room,
         len(x),
         activation_bytes(posterior, x, y),
-        chain_bytes=CHAIN_VECTORS * size * x.dtype.itemsize,
+        chain_bytes=(CHAIN_VECTORS + metric_vectors(config, size)) * size * x.dtype.itemsize,
         devices=devices[:wanted],
         mode=None if run.mode == "auto" else run.mode,
         group=run.group or None,
@@ -189,6 +190,16 @@ def make_placement(
     if not (run.group or run.row_chunk or run.mode == "vmap"):
         placed = calibrate(posterior, x, y, placed, sampler.warmup + sampler.draws * sampler.thin)
     return replace(placed, chains=chains, first=first, room=room)
+
+
+def metric_vectors(config: Config, size: int) -> int:
+    """Return how many vectors of this size a metric holds, with what its estimate needs."""
+    metric = getattr(config.sampler, "metric", "diagonal")
+    if metric == "dense":
+        return 4 * size  # two matrices, the draws' squares, and their next values
+    if metric == "low_rank":
+        return 2 * (MAX_WINDOW_DRAWS + config.sampler.max_rank)
+    return 0
 
 
 def chosen_fields(config: Config, dataset: Dataset, placement: Placement) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from bnnmcmc.posterior import Posterior, check_finite
 from bnnmcmc.processes import Group
 from bnnmcmc.progress import duration
 from bnnmcmc.run import position_layout
+from bnnmcmc.samplers.network import walk_steps
 
 # Packages that decide what a draw's bits are, and others worth knowing.
 PINNED = ("bnnmcmc", "jax", "jaxlib", "blackjax", "numpyro", "optax")
@@ -223,7 +224,9 @@ def estimate(
             gradients = (steps, steps * longest)
         case "nuts":
             depths = [min(depth, sampler.max_depth) for depth in NUTS_DEPTHS]
-            gradients = (steps * (2 ** depths[0] - 1), steps * (2 ** depths[1] - 1))
+            walk = walk_steps(sampler.warmup) if sampler.adaptation == "network" else 0
+            costs = [walk + (steps - walk) * (2**depth - 1) for depth in depths]
+            gradients = (costs[0], costs[1])
     return Estimate(
         of.size,
         build.sampled_size(config, of),
