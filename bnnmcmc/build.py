@@ -12,7 +12,7 @@ import optax
 
 from bnnmcmc import likelihoods, priors, trees
 from bnnmcmc.calibration import calibrate, choose
-from bnnmcmc.config import Config, LeafPriorConfig
+from bnnmcmc.config import Config, HMCConfig, LeafPriorConfig, NUTSConfig
 from bnnmcmc.data import Dataset, Encoding
 from bnnmcmc.ensemble import make_optimiser
 from bnnmcmc.errors import InputError
@@ -194,12 +194,12 @@ def make_placement(
 
 def metric_vectors(config: Config, size: int) -> int:
     """Return how many vectors of this size a metric holds, with what its estimate needs."""
-    metric = getattr(config.sampler, "metric", "diagonal")
-    if metric == "dense":
+    sampler = config.sampler
+    if not isinstance(sampler, NUTSConfig | HMCConfig) or sampler.metric == "diagonal":
+        return 0
+    if sampler.metric == "dense":
         return 4 * size  # two matrices, the draws' squares, and their next values
-    if metric == "low_rank":
-        return 2 * (MAX_WINDOW_DRAWS + config.sampler.max_rank)
-    return 0
+    return 2 * (MAX_WINDOW_DRAWS + sampler.max_rank)
 
 
 def chosen_fields(config: Config, dataset: Dataset, placement: Placement) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from blackjax.adaptation.mass_matrix import mass_matrix_adaptation
+from blackjax.adaptation.mass_matrix import mass_matrix_adaptation, welford_algorithm
 from blackjax.mcmc.metrics import LowRankInverseMassMatrix
 
 from bnnmcmc.errors import InputError
@@ -36,7 +36,7 @@ class Dense(NamedTuple):
     root: jax.Array
 
 
-Metric = jax.Array | LowRankInverseMassMatrix | Dense
+type Metric = jax.Array | LowRankInverseMassMatrix | Dense
 
 
 def velocity(metric: Metric, momentum: jax.Array) -> jax.Array:
@@ -126,8 +126,37 @@ def estimator(metric: str, max_rank: int, cutoff: float, longest: int) -> Estima
     return _moments(metric == "diagonal")
 
 
+def score_estimator() -> Estimator:
+    r"""Return the diagonal :math:`\sqrt{\mathrm{Var}[x_i] / \mathrm{Var}[g_i]}`, gradients g.
+
+    A chain that has not been everywhere yet takes the posterior for narrower than it is; gradients
+    tell its width from where the chain is. (Seyboldt et al. 2026, section 3.1.)
+    """
+    init, update, final = welford_algorithm(True)
+
+    def first(position):
+        empty = init(position.shape[0])
+        return jnp.ones_like(position), (empty, empty)
+
+    def add(window, position, gradient):
+        return update(window[0], position), update(window[1], gradient)
+
+    def end(window):
+        # Roots one by one: squares of a network's gradients may leave the range of float32.
+        spread_x, spread_g = (jnp.sqrt(final(part)[0]) for part in window)
+        seen = (spread_x > 0) & (spread_g > 0)
+        metric = jnp.where(seen, spread_x / jnp.where(seen, spread_g, 1.0), 1.0)
+        return metric, first(metric)[1]
+
+    return Estimator(first, add, end, cheap=True)
+
+
 def _moments(diagonal: bool) -> Estimator:
-    """Return blackjax's (Stan's) regularised variances or covariances of the draws."""
+    """Return blackjax's (Stan's) regularised variances or covariances of the draws.
+
+    A window of fewer than two draws a parameter gives the dense metric no more than the variances:
+    the covariances would be of low rank, and the chain would hardly leave what it has seen.
+    """
     init, update, final = mass_matrix_adaptation(diagonal)
 
     def first(position):
@@ -139,9 +168,13 @@ def _moments(diagonal: bool) -> Estimator:
         return unit if diagonal else Dense(unit, unit), moments
 
     def end(moments):
+        count = moments.wc_state.sample_size
         moments = final(moments)
-        covariance = moments.inverse_mass_matrix
-        return covariance if diagonal else dense(covariance), moments
+        found = moments.inverse_mass_matrix
+        if diagonal:
+            return found, moments
+        enough = count >= 2 * found.shape[0]
+        return dense(jnp.where(enough, found, jnp.diag(jnp.diag(found)))), moments
 
     return Estimator(first, lambda moments, x, gradient: update(moments, x), end, cheap=diagonal)
 
@@ -171,7 +204,7 @@ class Window(NamedTuple):
 
     positions: jax.Array
     gradients: jax.Array
-    count: jax.Array
+    number: jax.Array
 
 
 def _low_rank(max_rank: int, cutoff: float, capacity: int) -> Estimator:
@@ -187,18 +220,18 @@ def _low_rank(max_rank: int, cutoff: float, capacity: int) -> Estimator:
         ), empty(position)
 
     def update(window, position, gradient):
-        row = window.count % capacity
+        row = window.number % capacity
         return Window(
             window.positions.at[row].set(position),
             window.gradients.at[row].set(gradient),
-            window.count + 1,
+            window.number + 1,
         )
 
     def final(window):
         metric = low_rank(
             window.positions,
             window.gradients,
-            jnp.minimum(window.count, capacity),
+            jnp.minimum(window.number, capacity),
             min(max_rank, window.positions.shape[1]),
             cutoff,
         )

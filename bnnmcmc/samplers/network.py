@@ -82,7 +82,8 @@ def network_warmup(
     target : float
         Acceptance rate aimed at.
     metric, max_rank, cutoff
-        See `mass.estimator`.
+        See `mass.estimator`; but the diagonal is that of draws and gradients
+        (`mass.score_estimator`).
 
     Returns
     -------
@@ -95,7 +96,10 @@ def network_warmup(
     rules = walker.warmup(switch)
     looked_at = switch // WINDOW_SHARE
     every = max(1, looked_at // mass.MAX_WINDOW_DRAWS)
-    estimate = mass.estimator(metric, max_rank, cutoff, max(looked_at // every, 1))
+    if metric == "diagonal":
+        estimate = mass.score_estimator()
+    else:
+        estimate = mass.estimator(metric, max_rank, cutoff, max(looked_at // every, 1))
 
     def init(position: jax.Array) -> NetworkState:
         if position.shape[0] < 2:
@@ -154,6 +158,13 @@ def network_warmup(
 
     def tune(key, state, a: NetworkState, t, log_density):
         a = jax.lax.cond(t == switch, lambda a: begin_tuning(key, a), lambda a: a, a)
+        # Short trees do not come to where a step is too long: begin anew from what they found.
+        a = jax.lax.cond(
+            (t == switch + tuning // 2) & (tuning > 1),
+            lambda a: a._replace(step_size=average_init(average_final(a.step_size))),
+            lambda a: a,
+            a,
+        )
         params = NetworkParams(jnp.exp(a.step_size.log_step_size), a.inverse_mass_matrix)
         state, info = jax.lax.cond(
             t < switch + tuning // 2,
@@ -176,7 +187,10 @@ def network_warmup(
     def finish(a: NetworkState) -> NetworkParams:
         # Before the first tree the metric is the unit one, and momenta have the speed sqrt(size).
         speed = jnp.sqrt(jnp.asarray(a.direction.shape[0], a.direction.dtype))
-        size = jnp.where(a.tuned > 0, average_final(a.step_size), first_step_size(a, speed))
+        # Right after a restart the running average is still empty: take the value in use.
+        average = a.step_size
+        tuned = jnp.where(average.step > 1, average_final(average), jnp.exp(average.log_step_size))
+        size = jnp.where(a.tuned > 0, tuned, first_step_size(a, speed))
         return NetworkParams(size, a.inverse_mass_matrix)
 
     return Warmup(init, warm, finish)
