@@ -13,7 +13,7 @@ import optax
 
 from bnnmcmc import likelihoods, priors, trees
 from bnnmcmc.calibration import calibrate, choose
-from bnnmcmc.config import Config, LeafPriorConfig, OwnKernelConfig
+from bnnmcmc.config import Config, HMCConfig, LeafPriorConfig, NUTSConfig, OwnKernelConfig
 from bnnmcmc.data import Dataset, Encoding
 from bnnmcmc.ensemble import make_optimiser
 from bnnmcmc.errors import InputError
@@ -24,6 +24,7 @@ from bnnmcmc.posterior import Posterior, activation_bytes, position_shapes
 from bnnmcmc.processes import Group, share_of
 from bnnmcmc.samplers.contract import check_kernel
 from bnnmcmc.samplers.kernel import Kernel
+from bnnmcmc.samplers.mass import MAX_WINDOW_DRAWS
 from bnnmcmc.samplers.table import KERNELS
 
 # Of a chain on a device: position, gradient, momentum, moments, metric, and their next values.
@@ -264,7 +265,7 @@ def make_placement(
         room,
         len(x),
         activation_bytes(posterior, x, y),
-        chain_bytes=CHAIN_VECTORS * size * x.dtype.itemsize,
+        chain_bytes=(CHAIN_VECTORS + metric_vectors(config, size)) * size * x.dtype.itemsize,
         devices=devices[:wanted],
         mode=None if run.mode == "auto" else run.mode,
         group=run.group or None,
@@ -273,6 +274,16 @@ def make_placement(
     if not (run.group or run.row_chunk or run.mode == "vmap"):
         placed = calibrate(posterior, x, y, placed, sampler.warmup + sampler.draws * sampler.thin)
     return replace(placed, chains=chains, first=first, room=room)
+
+
+def metric_vectors(config: Config, size: int) -> int:
+    """Return how many vectors of this size a metric holds, with what its estimate needs."""
+    sampler = config.sampler
+    if not isinstance(sampler, NUTSConfig | HMCConfig) or sampler.metric == "diagonal":
+        return 0
+    if sampler.metric == "dense":
+        return 4 * size  # two matrices, the draws' squares, and their next values
+    return 2 * (MAX_WINDOW_DRAWS + sampler.max_rank)
 
 
 def chosen_fields(config: Config, dataset: Dataset, placement: Placement) -> dict[str, Any]:

@@ -330,7 +330,33 @@ class MAMSConfig(SamplerSection):
     initial_step_size: float = Field(default=0.005, gt=0)
 
 
-class NUTSConfig(SamplerSection):
+class HamiltonianSection(SamplerSection):
+    """What NUTS and HMC share."""
+
+    target_acceptance: float = Field(default=0.8, gt=0, lt=1)
+    initial_step_size: float = Field(default=0.01, gt=0)
+    metric: Literal["diagonal", "low_rank", "dense"] = Field(
+        default="diagonal",
+        description="inverse mass matrix: variances; these and the directions that differ most; "
+        "covariances",
+    )
+    max_rank: int = Field(default=20, ge=1, description="most directions of a low_rank metric")
+    cutoff: float = Field(
+        default=2.0,
+        ge=1,
+        description="a low_rank metric leaves out directions within this factor of the diagonal",
+    )
+
+    @field_validator("max_rank", "cutoff")
+    @classmethod
+    def _fits_metric(cls, value, info):
+        unused = info.data.get("metric", "low_rank") != "low_rank"
+        if unused and value != cls.model_fields[info.field_name].default:
+            raise ValueError('needs metric = "low_rank"; remove it')
+        return value
+
+
+class NUTSConfig(HamiltonianSection):
     """[sampler] kernel = "nuts": the No-U-Turn sampler."""
 
     kernel: Literal["nuts"]
@@ -338,11 +364,13 @@ class NUTSConfig(SamplerSection):
     draws: int = Field(default=500, ge=1, description="kept draws per chain")
     thin: int = Field(default=1, ge=1, description="steps per kept draw")
     max_depth: int = Field(default=10, ge=1, le=20)
-    target_acceptance: float = Field(default=0.8, gt=0, lt=1)
-    initial_step_size: float = Field(default=0.01, gt=0)
+    adaptation: Literal["window", "network"] = Field(
+        default="window",
+        description="warm-up as in Stan; or, from an optimiser's weights, by a walk of cheap steps",
+    )
 
 
-class HMCConfig(SamplerSection):
+class HMCConfig(HamiltonianSection):
     """[sampler] kernel = "hmc": Hamiltonian Monte Carlo."""
 
     kernel: Literal["hmc"]
@@ -351,8 +379,6 @@ class HMCConfig(SamplerSection):
     thin: int = Field(default=1, ge=1, description="steps per kept draw")
     num_leapfrog: int = Field(default=30, ge=1)
     jitter: float = Field(default=0.5, ge=0, lt=1)
-    target_acceptance: float = Field(default=0.8, gt=0, lt=1)
-    initial_step_size: float = Field(default=0.01, gt=0)
 
 
 class OwnKernelConfig(SamplerSection):

@@ -186,7 +186,7 @@ def _state_bytes(program: Program) -> int:
     index = jax.ShapeDtypeStruct((chains,), jnp.int32)
     warming = program.start.eval_shape((index, positions), jax.random.key(0), ())
     sampling = program.finish.eval_shape(warming)
-    flight = program.depart.eval_shape(warming[1:3]) if program.runs_ahead else ()
+    flight = program.depart.eval_shape(sampling[1:3]) if program.runs_ahead else ()
     return max(_bytes(warming), _bytes(sampling)) + _bytes(flight)
 
 

@@ -32,6 +32,7 @@ from bnnmcmc.posterior import Posterior, check_finite
 from bnnmcmc.processes import Group
 from bnnmcmc.progress import duration
 from bnnmcmc.run import position_layout
+from bnnmcmc.samplers.network import walk_steps
 from bnnmcmc.targets import Target, check_target
 
 # Packages that decide what a draw's bits are, and others worth knowing.
@@ -243,7 +244,9 @@ def gradient_counts(config: Config) -> tuple[float, float]:
             return steps, steps * longest
         case NUTSConfig():
             depths = [min(depth, sampler.max_depth) for depth in NUTS_DEPTHS]
-            return steps * (2 ** depths[0] - 1), steps * (2 ** depths[1] - 1)
+            walk = walk_steps(sampler.warmup) if sampler.adaptation == "network" else 0
+            least, most = [walk + (steps - walk) * (2**depth - 1) for depth in depths]
+            return least, most
         case _:
             # A step without a gradient takes a density at least, which is not much cheaper.
             per_step = build.make_kernel(config).gradients_per_step

@@ -135,6 +135,8 @@ def build_program(
     draw_schedule = Schedule(draws * thin, thin)
     # Of one chain alone, trajectories follow one another as they are.
     parts = kernel.trajectories if placement.together else None
+    # A warm-up that is not in halves keeps step: what it does now and then, all chains do at once.
+    warm_parts = parts if warm_rules.in_use is not None else None
     if capacity is None:
         row_bytes = placement.chains * (of.size * dtype.itemsize + 64)
         if parts is None:
@@ -159,11 +161,11 @@ def build_program(
             position = trees.part(position, of, sampled)
         state = kernel.init(jax.random.fold_in(key, index), position, density_of(data, fixed))
         adaptation, index = warm_rules.init(position), (index, fixed)
-        if parts is None:
+        if warm_parts is None:
             return index, state, adaptation, None, None
         assert warm_rules.in_use is not None
         used = warm_rules.in_use(adaptation)
-        progress = no_progress(parts, state, used, WARMUP_RECORDS, keep=False)
+        progress = no_progress(warm_parts, state, used, WARMUP_RECORDS, keep=False)
         return index, state, adaptation, progress, None
 
     def depart_chain(chain):
@@ -190,7 +192,7 @@ def build_program(
 
     def warm_chain(carry, key, first, count, data):
         traces["warm"] += 1
-        if parts is not None:
+        if warm_parts is not None:
             rules = warm_rules.in_use, warm_rules.adapt
             return go_ahead(carry, key, first, count, data, warm_schedule, WARMUP_RECORDS, *rules)
         (index, fixed), state, adaptation, _, going = carry
@@ -294,10 +296,10 @@ def at_rest(carry: Any) -> Any:
 
 
 def departed(program: Program, carry: Any) -> Any:
-    """Return a carry with which a block can begin."""
+    """Return a carry with which a block can begin: trajectories are for chains with `Progress`."""
     if carry[4] is not None:
         return carry
-    if program.runs_ahead:
+    if carry[3] is not None:
         return (*carry[:4], program.depart(carry[1:3]))
     active = np.ones(program.placement.chains, bool)
     return (*carry[:4], Going(spread(active, program.placement), None))
@@ -350,7 +352,7 @@ def run_blocks(
     schedule = program.warmup if warming else program.sampling
     capacity = WARMUP_RECORDS if warming else program.capacity
     # Half of the records leaves the other half to chains that are ahead at the end of a block.
-    ahead = program.runs_ahead and capacity < schedule.records
+    ahead = carry[3] is not None and capacity < schedule.records
     limit = min(max(1, capacity // 2) if ahead else capacity, max_count or capacity)
     key = stage_key(seed, stage)
     last = schedule.records if last is None else last
