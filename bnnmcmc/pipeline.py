@@ -203,6 +203,7 @@ def start_run(
         "sampled": build.sampled_size(config, of),
         "leaves": dict(zip(of.names, map(list, of.shapes), strict=True)),
         "kernel": config.sampler.kernel,
+        "wanted": dict(build.make_kernel(config).wanted),
         "warmup": config.sampler.warmup,
         "draws": config.sampler.draws,
         "thin": config.sampler.thin,

@@ -77,12 +77,13 @@ class Pooled:
     probabilities: np.ndarray | None
 
 
-def _batches(draws: Draws, size: int = BATCH) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield (draw number, flat position) batches of ``size`` draws (the last may be shorter).
+def _batches(draws: Draws, size: int | None = None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield (draw number, flat position) batches of ``size`` or BATCH draws (or fewer at last).
 
     A draw's number is ``draw * chains + chain``, and draws come in that order, however they are
     stored: sums over batches are then the same to the last bit, too.
     """
+    size = size or BATCH
     held = np.empty((0, draws.layout.size))
     first = seen = 0
     for piece in _pieces(draws):

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bnnmcmc import health, metrics, store, trees
-from bnnmcmc.build import make_kernel, make_posterior, sampling_rows
+from bnnmcmc.build import make_posterior, sampling_rows
 from bnnmcmc.calibration import choose
 from bnnmcmc.config import Config, read_config
 from bnnmcmc.data import (
@@ -166,7 +166,8 @@ class Run:
         draws = stored_draws(folder, manifest, of)
         stats = stored_stats(folder, manifest)
         target, checks = target_of(manifest)
-        wanted, stopped = make_kernel(config).wanted, stopped_of(manifest)
+        # As the run was begun: a kernel of the user's own need not be there to look at its draws.
+        wanted, stopped = manifest.get("wanted", {}), stopped_of(manifest)
         return Run(
             posterior,
             draws,
