@@ -167,11 +167,11 @@ def normal_target(log_density, starts, view, mean, variance, data=()) -> Target:
     return Target(log_density, starts, view, mean, variance, quantiles, data)
 
 
-# ------------------------------------------------------------------------------------- the densities
+# ------------------------------------------------------------------------------------ the densities
 
 
 def correlated_gaussian(size: int = 100, condition: float = 1e4) -> Target:
-    """Variances from 1/100 to 100 along axes that are turned at random: a diagonal metric is no help."""
+    """Variances from 1/100 to 100 on axes turned at random: no help from a diagonal metric."""
     axes = stats.ortho_group.rvs(size, random_state=np.random.default_rng(0))
     variances = np.geomspace(condition**-0.5, condition**0.5, size)
     location = np.linspace(-3.0, 3.0, size)
@@ -198,7 +198,7 @@ def correlated_gaussian(size: int = 100, condition: float = 1e4) -> Target:
 
 
 def small_gaussian() -> Target:
-    """Scales 0.1, 1 and 3, correlations of 0.9: a ratio of 100 between the axes of the ellipsoid."""
+    """Scales 0.1, 1 and 3, correlations of 0.9: axes of the ellipsoid in a ratio of 100."""
     scales = np.array([0.1, 1.0, 3.0])
     correlation = 0.9 ** np.abs(np.subtract.outer(range(3), range(3)))
     location, covariance = np.array([1.0, -2.0, 0.5]), np.outer(scales, scales) * correlation
@@ -295,7 +295,7 @@ def skewed(factor: float = 1.0) -> Target:
 
 
 def two_modes(centre: tuple[float, float] = (2.0, 1.0), share: float = 0.7) -> Target:
-    """Unit normals at the centre and opposite, 4.5 scales apart; every other chain starts in each."""
+    """Unit normals at the centre and opposite, 4.5 scales apart; chains start in both."""
     centre, shares = np.array(centre), np.array([1 - share, share])
 
     def log_density(x):
@@ -319,7 +319,7 @@ SCHOOLS_SCALE = 5.0
 
 
 def eight_schools(jacobian: bool = True) -> Target:
-    """Rubin's eight schools, non-centred: mu from N(0, 5^2), tau half-Cauchy(5), theta = mu + tau z.
+    """Rubin's eight schools, non-centred: mu ~ N(0, 25), tau half-Cauchy(5), theta = mu + tau z.
 
     Given tau everything is normal, so one quadrature over log tau gives the posterior.
     """
@@ -390,7 +390,7 @@ REFERENCE = Path(__file__).with_name("logistic_reference.json")
 
 
 def breast_cancer() -> tuple[np.ndarray, np.ndarray]:
-    """Return rows (569, 11) of ones and ten scaled features that are strongly correlated; labels."""
+    """Return rows (569, 11) of ones and ten strongly correlated scaled features, and labels."""
     x, y = load_breast_cancer(return_X_y=True)
     x = x[:, :10]
     return np.column_stack([np.ones(len(x)), (x - x.mean(0)) / x.std(0)]), y

@@ -43,15 +43,13 @@ OWN_RUNS = {
     ("nuts", "two-modes"): (nuts(), 1000, 4000, 1),
 }
 
-# The quick sample: every target once, every kernel on two.
+# The quick sample: every kernel, and most targets.
 QUICK = {
     ("nuts", "schools"),
     ("nuts", "logistic"),
-    ("nuts", "banana"),
     ("hmc", "funnel"),
     ("hmc", "two-modes"),
     ("mams", "gaussian"),
-    ("mams", "linear"),
     ("mclmc", "skewed"),
 }
 
@@ -144,13 +142,13 @@ def test_mclmc_is_as_close_as_stated_with_its_defaults(target):
 def test_mclmc_fails_where_its_energy_variance_is_not_the_one_stated():
     truth = TARGETS["skewed"]()
     samples = draw(truth, mclmc(energy_variance_end=HOT), 4000, 3000, 80)
-    with pytest.raises(AssertionError, match="variance of .* z ="):
+    with pytest.raises(AssertionError, match=r"variance of .*z ="):
         check(samples.draws, truth, stated_bias(1e-4, size_of(truth)))
 
 
 @pytest.mark.slow
 def test_mclmc_biases_the_narrowest_axis_as_algebra_has_it():
-    """Along an axis of scale s: by at most 1 / (1 - e^2 / (4 d s^2)), and by most of it if narrow."""
+    """On an axis of scale s: by at most 1 / (1 - e^2 / (4 d s^2)), and by most of it if narrow."""
     scales = np.geomspace(0.1, 10.0, 100)
     truth = targets.independent_gaussian(scales)
     kernel = mclmc(energy_variance_end=1e-2)
@@ -169,7 +167,7 @@ def test_mclmc_biases_the_narrowest_axis_as_algebra_has_it():
 
 
 def wrong_sign(kernel):
-    """Turn the gradient round in the first half of the first update of the momentum, and there only.
+    """Turn the gradient round in the first half step of the momentum, and there only.
 
     A gradient with the wrong sign throughout would leave the kernel exact, if slow: the moves would
     still be reversible and keep volumes.
@@ -228,14 +226,14 @@ def test_mams_without_the_change_of_kinetic_energy_fails(monkeypatch):
         return lambda state, step_size: (move(state, step_size)[0], jnp.zeros(()))
 
     monkeypatch.setitem(INTEGRATORS, "leapfrog", (without, gradients))
-    truth = TARGETS["gaussian"]()
-    samples = draw(truth, mams(), *RUNS["mams"][1:])
+    truth = TARGETS["funnel"]()
+    samples = draw(truth, mams(), *RUNS["mams"][1:3], thin=10)
     with pytest.raises(AssertionError, match="z ="):
         check(samples.draws, truth)
 
 
 def plain_hmc(accept):
-    """Ten leapfrogs of step size 1.2 (stable below 2 on a unit scale), without a warm-up."""
+    """Ten leapfrogs of step size 0.8 (stable below 2 on a unit scale), without a warm-up."""
     transition = blackjax.hmc.build_kernel()
 
     def step(key, state, params, log_density):
@@ -263,7 +261,7 @@ def plain_hmc(accept):
             params.step_size,
         )
 
-    return hmc(num_leapfrog=10, jitter=0.0, initial_step_size=1.2)._replace(step=step)
+    return hmc(num_leapfrog=10, jitter=0.0, initial_step_size=0.8)._replace(step=step)
 
 
 def plain_mams(accept, monkeypatch):
