@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import scipy.stats as st
 import zarr
+from moments import failures
 from scipy.integrate import quad
 from scipy.special import polygamma
-from test_sampler_accuracy import failures
 
 import bnnmcmc
 from bnnmcmc import priors

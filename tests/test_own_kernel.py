@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import TINY, write_tiny
-from test_sampler_accuracy import TARGETS, failures
+from moments import MIXTURE, failures
 
 from bnnmcmc.build import make_kernel
 from bnnmcmc.config import parse, read_config, to_toml
@@ -114,16 +114,14 @@ def test_options_reach_the_kernel(walk, options):
     def draws(**options):
         tables = {"kernel": "readme_walk:random_walk", "options": options}
         kernel = make_kernel(parse({"data": {"path": "t.csv"}, "sampler": tables}, ""))
-        found = sample_density(
-            TARGETS["mixture"][0], np.ones((2, 2)), kernel=kernel, warmup=20, draws=20
-        )
+        found = sample_density(MIXTURE[0], np.ones((2, 2)), kernel=kernel, warmup=20, draws=20)
         return found.draws[:, -1]
 
     assert not np.any(draws() == draws(**options))
 
 
 def moments(kernel):
-    density, mean, second = TARGETS["mixture"]
+    density, mean, second = MIXTURE
     starts = jax.random.normal(jax.random.key(1), (4, 2))
     samples = sample_density(density, starts, kernel=kernel, warmup=1000, draws=3000, thin=15)
     return failures(samples.draws, mean, second)

@@ -75,10 +75,8 @@ def check_kernel(kernel: Kernel, size: int, num_warmup: int, called: str) -> Non
     _check_tuple(stepped, 2, "step", "(state, Info)", called)
     _check_same(stepped[0], state, "step", "state", called)
     _check_info(stepped[1], "step", called)
-    if kernel.trajectories is not None and (rules.in_use is None or rules.adapt is None):
-        raise InputError(
-            f"{called}: a kernel with trajectories needs a Warmup with in_use and adapt"
-        )
+    if (rules.in_use is None) != (rules.adapt is None):
+        raise InputError(f"{called}: a Warmup has both of in_use and adapt, or neither")
 
 
 def _check_state(state: Any, position: Any, called: str) -> None:
