@@ -331,10 +331,12 @@ def disagreements(first, second):
     return wrong
 
 
+@pytest.mark.slow
 def test_pooled_scores_agree_within_monte_carlo_error():
     assert disagreements(sampled_in("float32"), sampled_in("float64")) == []
 
 
+@pytest.mark.slow
 def test_another_posterior_does_not_agree():
     wrong = disagreements(sampled_in("float32"), sampled_in("float64", factor=1.3))
     assert any("square" in text for text in wrong)
@@ -347,6 +349,7 @@ def double():
     use_precision("float32")
 
 
+@pytest.mark.slow
 def test_all_stages_by_one_switch(tiny, here, double):
     """Training, every block stored, resumption, prediction, and the file for ArviZ."""
     settings = ["--quiet", "--set", "run.precision=float64", "run.arviz=netcdf"]

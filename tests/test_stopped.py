@@ -266,6 +266,7 @@ def test_a_run_goes_on_without_a_chain_and_says_so(one_stopped, monkeypatch):
     assert all(np.isfinite(v).all() for v in tree["posterior"].data_vars.values())
 
 
+@pytest.mark.slow
 def test_resumed_in_pieces_it_is_the_same_run(one_stopped, tiny, here, monkeypatch):
     monkeypatch.syspath_prepend(str(prepared(tiny)))
     settings = [*SETTINGS, "sampler.draws=90", "run.block_draws=7"]
@@ -282,6 +283,7 @@ def test_resumed_in_pieces_it_is_the_same_run(one_stopped, tiny, here, monkeypat
     assert_equal_runs(one_stopped / "run", tiny / "run")
 
 
+@pytest.mark.slow
 def test_two_processes_stop_what_one_stops(one_stopped, tiny):
     prepared(tiny)
     codes, said = both(

@@ -238,6 +238,7 @@ def test_a_run_ends_when_its_target_is_met_and_says_so(met):
     assert opened.draws.draws == last["draw"]
 
 
+@pytest.mark.slow
 def test_where_a_run_ends_does_not_depend_on_its_blocks(met, tiny, here):
     settings = ["stop.ess=40", *STOP, "run.block_draws=7"]
     code, _, err = here("run", "tiny.toml", "--out", "run", "--set", *settings, cwd=tiny)
@@ -306,6 +307,7 @@ def test_the_lppd_of_the_validation_rows_settles(tiny, here):
     assert last[-1] == pytest.approx(by_hand, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_test_rows_have_no_say(tiny):
     found = []
     for spoilt in (False, True):
@@ -322,6 +324,7 @@ def test_test_rows_have_no_say(tiny):
     assert found[0] == found[1]
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_stops_where_an_undisturbed_one_does(met, tiny, cli):
     quick = ["--quiet", "--set", "stop.ess=40", *STOP, "run.block_draws=1"]
     process = start_cli("run", "tiny.toml", "--out", "run", *quick, cwd=tiny)
@@ -333,6 +336,7 @@ def test_an_interrupted_run_stops_where_an_undisturbed_one_does(met, tiny, cli):
     assert_equal_runs(met / "run", tiny / "run")
 
 
+@pytest.mark.slow
 def test_two_processes_stop_where_one_does(met, tiny):
     codes, said = both("run", "tiny.toml", "--out", "run", "--set", "stop.ess=40", *STOP, cwd=tiny)
     assert codes == [0, 0], said
