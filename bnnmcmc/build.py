@@ -13,7 +13,15 @@ import optax
 
 from bnnmcmc import likelihoods, priors, trees
 from bnnmcmc.calibration import calibrate, choose
-from bnnmcmc.config import Config, HMCConfig, LeafPriorConfig, NUTSConfig, OwnKernelConfig
+from bnnmcmc.config import (
+    Config,
+    HMCConfig,
+    LeafPriorConfig,
+    MAMSConfig,
+    MCLMCConfig,
+    NUTSConfig,
+    OwnKernelConfig,
+)
 from bnnmcmc.data import Dataset, Encoding
 from bnnmcmc.ensemble import make_optimiser
 from bnnmcmc.errors import InputError
@@ -24,6 +32,7 @@ from bnnmcmc.posterior import Posterior, activation_bytes, position_shapes
 from bnnmcmc.processes import Group, share_of
 from bnnmcmc.samplers.contract import check_kernel
 from bnnmcmc.samplers.kernel import Kernel
+from bnnmcmc.samplers.kronecker import blocks, elements
 from bnnmcmc.samplers.mass import MAX_WINDOW_DRAWS
 from bnnmcmc.samplers.table import KERNELS
 
@@ -260,12 +269,13 @@ def make_placement(
         )
     run, sampler = config.run, config.sampler
     x, y = posterior.arrays(*sampling_rows(config, dataset))
-    size = trees.layout(position_shapes(posterior)).size
+    layout = trees.layout(position_shapes(posterior))
     placed = choose(
         room,
         len(x),
         activation_bytes(posterior, x, y),
-        chain_bytes=(CHAIN_VECTORS + metric_vectors(config, size)) * size * x.dtype.itemsize,
+        chain_bytes=(CHAIN_VECTORS * layout.size + metric_numbers(config, layout))
+        * x.dtype.itemsize,
         devices=devices[:wanted],
         mode=None if run.mode == "auto" else run.mode,
         group=run.group or None,
@@ -276,14 +286,17 @@ def make_placement(
     return replace(placed, chains=chains, first=first, room=room)
 
 
-def metric_vectors(config: Config, size: int) -> int:
-    """Return how many vectors of this size a metric holds, with what its estimate needs."""
+def metric_numbers(config: Config, of: trees.Layout) -> int:
+    """Return how many numbers a metric holds, with what its estimate needs."""
     sampler = config.sampler
+    if isinstance(sampler, MCLMCConfig | MAMSConfig) and sampler.metric != "identity":
+        # The factors, their inverses, the sums they come from, and their next values.
+        return 6 * elements(blocks(of))
     if not isinstance(sampler, NUTSConfig | HMCConfig) or sampler.metric == "diagonal":
         return 0
     if sampler.metric == "dense":
-        return 4 * size  # two matrices, the draws' squares, and their next values
-    return 2 * (MAX_WINDOW_DRAWS + sampler.max_rank)
+        return 4 * of.size**2  # two matrices, the draws' squares, and their next values
+    return 2 * (MAX_WINDOW_DRAWS + sampler.max_rank) * of.size
 
 
 def chosen_fields(config: Config, dataset: Dataset, placement: Placement) -> dict[str, Any]:

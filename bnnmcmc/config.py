@@ -298,20 +298,48 @@ class SamplerSection(Section):
     )
 
 
+def _damped(cls, value: float, info: Any) -> float:
+    """Check that a damping that was given has a metric that it is for."""
+    without = info.data.get("metric") == "identity" or info.data.get("tuning") == "mile"
+    if without and value != cls.model_fields[info.field_name].default:
+        raise ValueError('needs metric = "kronecker"; remove it')
+    return value
+
+
 class MCLMCConfig(SamplerSection):
     """[sampler] kernel = "mclmc": microcanonical Langevin, unadjusted, the default."""
 
     kernel: Literal["mclmc"] = "mclmc"
-    warmup: int = Field(default=10_000, ge=0, description="warm-up steps per chain")
+    warmup: int = Field(default=20_000, ge=0, description="warm-up steps per chain")
     draws: int = Field(default=1000, ge=1, description="kept draws per chain")
     thin: int = Field(default=10, ge=1, description="steps per kept draw")
     integrator: Literal["leapfrog", "minimal_norm"] = "leapfrog"
-    energy_variance_start: float = Field(default=5.0, gt=0)
-    energy_variance_end: float = Field(default=0.05, gt=0)
+    energy_variance_start: float = Field(default=0.5, gt=0)
+    energy_variance_end: float = Field(default=0.02, gt=0)
     initial_step_size: float = Field(default=0.005, gt=0)
     tuning: Literal["averaged", "mile"] = Field(
         default="averaged", description='"mile": as published, for comparison'
     )
+    metric: Literal["auto", "kronecker", "identity"] = Field(
+        default="auto",
+        description='"kronecker": a product of two matrices per layer, from gradients; "auto": '
+        'that, but none with tuning = "mile"',
+    )
+    damping: float = Field(
+        default=1000.0, gt=0, description="the curvature from which on the metric scales directions"
+    )
+
+    @field_validator("metric")
+    @classmethod
+    def _fits_tuning(cls, value, info):
+        if value == "kronecker" and info.data.get("tuning") == "mile":
+            raise ValueError('does not go with tuning = "mile", which has none; remove it')
+        return value
+
+    @field_validator("damping")
+    @classmethod
+    def _fits_metric(cls, value, info):
+        return _damped(cls, value, info)
 
 
 class MAMSConfig(SamplerSection):
@@ -328,6 +356,18 @@ class MAMSConfig(SamplerSection):
     energy_variance_start: float = Field(default=5.0, gt=0)
     energy_variance_end: float = Field(default=0.05, gt=0)
     initial_step_size: float = Field(default=0.005, gt=0)
+    metric: Literal["kronecker", "identity"] = Field(
+        default="kronecker",
+        description='"kronecker": a product of two matrices per layer, from gradients',
+    )
+    damping: float = Field(
+        default=1000.0, gt=0, description="the curvature from which on the metric scales directions"
+    )
+
+    @field_validator("damping")
+    @classmethod
+    def _fits_metric(cls, value, info):
+        return _damped(cls, value, info)
 
 
 class HamiltonianSection(SamplerSection):

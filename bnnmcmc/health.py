@@ -600,10 +600,10 @@ def say_now(
 
 def _smaller_steps(stats) -> str:
     """Say how to get smaller steps from the kernel that wrote these statistics."""
-    if "acceptance_rate" in stats:
-        return "lower the step size, e.g. sampler.target_acceptance = 0.9"
     if "energy_error_squared" in stats:
         return "lower the step size, e.g. sampler.energy_variance_end = 0.01"
+    if "acceptance_rate" in stats:
+        return "lower the step size, e.g. sampler.target_acceptance = 0.9"
     return "lower the step size"
 
 

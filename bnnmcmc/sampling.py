@@ -24,6 +24,7 @@ from bnnmcmc.placement import Placement, gather, indices, over_chains, place, re
 from bnnmcmc.records import Going, Schedule, no_flight, no_progress, record_steps, run_ahead
 from bnnmcmc.samplers.contract import check_kernel
 from bnnmcmc.samplers.kernel import Kernel
+from bnnmcmc.samplers.kronecker import blocks as matrices
 from bnnmcmc.samplers.table import kernel_named
 
 # A block is sized to take about this long, so that progress, Ctrl-C and time budgets are prompt.
@@ -130,6 +131,8 @@ def build_program(
     dtype = jnp.result_type(float)
     template = trees.unflatten(jnp.zeros((of.size,), dtype), of)
     unravel = trees.unraveler(template)
+    if kernel.for_blocks is not None:
+        kernel = kernel.for_blocks(matrices(of, sampled))
     warm_rules = kernel.warmup(warmup)
     warm_schedule = Schedule(warmup, max(1, warmup // WARMUP_RECORDS))
     draw_schedule = Schedule(draws * thin, thin)

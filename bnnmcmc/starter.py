@@ -48,7 +48,7 @@ patience = 200                 # epochs without a better validation loss
 
 [sampler]
 kernel = "mclmc"               # or mams, nuts, hmc: exact, and many times dearer
-warmup = 10000                 # steps per chain
+warmup = 20000                 # steps per chain
 draws = 1000                   # kept per chain
 thin = 10                      # steps per kept draw
 

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 import jax
 
+from bnnmcmc.samplers.kronecker import Block
+
 LogDensity = Callable[[jax.Array], jax.Array]
 
 # How a statistic of several steps becomes the statistic of one kept draw. Statistics are named
@@ -124,6 +126,9 @@ class Kernel(NamedTuple):
     wanted : mapping
         What the kernel aims at, or cannot exceed, by the name of the statistic: its target
         "acceptance_rate", the greatest "tree_depth", the "energy_error_squared" it is tuned for.
+    for_blocks : callable, optional
+        ``for_blocks(blocks) -> Kernel``: the kernel for positions that consist of these matrices
+        (`kronecker.blocks`), if it can make use of that.
     """
 
     name: str
@@ -134,3 +139,4 @@ class Kernel(NamedTuple):
     gradients_per_step: int | None
     trajectories: Trajectories | None = None
     wanted: Mapping[str, float] = MappingProxyType({})
+    for_blocks: Callable[[tuple[Block, ...]], "Kernel"] | None = None

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 from blackjax.adaptation.step_size import dual_averaging_adaptation
 
 from bnnmcmc.errors import InputError
+from bnnmcmc.samplers import kronecker
 from bnnmcmc.samplers.kernel import Kernel, Warmup
-from bnnmcmc.samplers.mclmc import INTEGRATORS, mclmc
+from bnnmcmc.samplers.mclmc import INTEGRATORS, isokinetic_step, mclmc
 from bnnmcmc.samplers.options import check_acceptance, check_jitter
 
 # The end of the warm-up that is adjusted: a fifth of its steps, and no more than this.
@@ -16,15 +17,17 @@ ADJUSTED_SHARE, MAX_ADJUSTED = 5, 300
 # An adjusted step is shorter than one with the energy variance of the unadjusted phase; where the
 # search for its size begins.
 FIRST_SHARE = 0.3
+METRICS = ("kronecker", "identity")
 # An energy error beyond this is called a divergence (the limit of Stan).
 MAX_ENERGY_ERROR = 1000.0
 
 
 class MAMSParams(NamedTuple):
-    """Step size and mean trajectory length L (scalars)."""
+    """Step size and mean trajectory length L (scalars), and the metric (None: identity)."""
 
     step_size: jax.Array
     trajectory_length: jax.Array
+    metric: kronecker.Factors | None = None
 
 
 class MAMSInfo(NamedTuple):
@@ -57,6 +60,8 @@ def mams(
     energy_variance_start: float = 5.0,
     energy_variance_end: float = 0.05,
     initial_step_size: float = 0.005,
+    metric: str = "kronecker",
+    damping: float = 1000.0,
 ) -> Kernel:
     r"""Build the Metropolis-adjusted microcanonical sampler (MAMS).
 
@@ -86,6 +91,11 @@ def mams(
         Acceptance rate the warm-up aims at, in (0, 1).
     energy_variance_start, energy_variance_end, initial_step_size : float
         Of the unadjusted phase: see `mclmc`.
+    metric : str
+        ``"kronecker"`` or ``"identity"``: found in the unadjusted phase (see `mclmc`), and then
+        that of the trajectories.
+    damping : float
+        Of the metric: see `mclmc`.
 
     Returns
     -------
@@ -104,67 +114,84 @@ def mams(
     if max_steps < 1:
         raise InputError(f"sampler.max_steps: found {max_steps}, expected at least 1")
     check_acceptance(target_acceptance)
-    unadjusted = mclmc(integrator, energy_variance_start, energy_variance_end, initial_step_size)
-    rule, gradients = INTEGRATORS[integrator]
+    if metric not in METRICS:
+        raise InputError(f"sampler.metric: found {metric!r}, expected one of {', '.join(METRICS)}")
+    unadjusted = mclmc(
+        integrator,
+        energy_variance_start,
+        energy_variance_end,
+        initial_step_size,
+        metric=metric,
+        damping=damping,
+    )
+    gradients = INTEGRATORS[integrator][1]
 
-    def step(key, state, params, log_density):
-        key_length, key_direction = jax.random.split(key)
-        mean = jnp.clip(params.trajectory_length / params.step_size, 1.0, max_steps)
-        spread = jax.random.uniform(key_length, (), mean.dtype, 1 - jitter, 1 + jitter)
-        count = jnp.maximum(jnp.round(mean * spread), 1).astype(jnp.int32)
-        noise = jax.random.normal(key_direction, state.position.shape, state.position.dtype)
-        start = state._replace(momentum=noise * jax.lax.rsqrt(noise @ noise))
-        move = rule(log_density, 1.0)
+    def for_blocks(blocks: tuple[kronecker.Block, ...]) -> Kernel:
+        walker = unadjusted if unadjusted.for_blocks is None else unadjusted.for_blocks(blocks)
 
-        # A trajectory that leaves the finite numbers does so in both directions of time.
-        def goes_on(loop):
-            _, kinetic, done = loop
-            return (done < count) & jnp.isfinite(kinetic)
+        def step(key, state, params, log_density):
+            key_length, key_direction = jax.random.split(key)
+            mean = jnp.clip(params.trajectory_length / params.step_size, 1.0, max_steps)
+            spread = jax.random.uniform(key_length, (), mean.dtype, 1 - jitter, 1 + jitter)
+            count = jnp.maximum(jnp.round(mean * spread), 1).astype(jnp.int32)
+            noise = jax.random.normal(key_direction, state.position.shape, state.position.dtype)
+            start = state._replace(momentum=noise * jax.lax.rsqrt(noise @ noise))
+            move = isokinetic_step(integrator, log_density, params.metric, blocks)
 
-        def advance(loop):
-            at, kinetic, done = loop
-            at, change = move(at, params.step_size)
-            finite = jnp.isfinite(at.logdensity) & jnp.isfinite(at.logdensity_grad @ at.momentum)
-            return at, jnp.where(finite, kinetic + change, jnp.nan), done + 1
+            # A trajectory that leaves the finite numbers does so in both directions of time.
+            def goes_on(loop):
+                _, kinetic, done = loop
+                return (done < count) & jnp.isfinite(kinetic)
 
-        nought = jnp.zeros((), state.position.dtype), jnp.zeros((), jnp.int32)
-        end, kinetic, done = jax.lax.while_loop(goes_on, advance, (start, *nought))
-        error = kinetic - end.logdensity + state.logdensity
-        error = jnp.where(jnp.isnan(error), jnp.inf, error)
-        rate = _acceptance_rate(error)
-        accepted = jax.random.uniform(jax.random.fold_in(key, 2), (), rate.dtype) < rate
-        state = jax.tree.map(lambda new, old: jnp.where(accepted, new, old), end, start)
-        return state, MAMSInfo(
-            state.logdensity,
-            rate,
-            error > MAX_ENERGY_ERROR,
-            done * gradients,
-            params.step_size,
-            params.trajectory_length,
+            def advance(loop):
+                at, kinetic, done = loop
+                at, change = move(at, params.step_size)
+                finite = jnp.isfinite(at.logdensity) & jnp.isfinite(
+                    at.logdensity_grad @ at.momentum
+                )
+                return at, jnp.where(finite, kinetic + change, jnp.nan), done + 1
+
+            nought = jnp.zeros((), state.position.dtype), jnp.zeros((), jnp.int32)
+            end, kinetic, done = jax.lax.while_loop(goes_on, advance, (start, *nought))
+            error = kinetic - end.logdensity + state.logdensity
+            error = jnp.where(jnp.isnan(error), jnp.inf, error)
+            rate = _acceptance_rate(error)
+            accepted = jax.random.uniform(jax.random.fold_in(key, 2), (), rate.dtype) < rate
+            state = jax.tree.map(lambda new, old: jnp.where(accepted, new, old), end, start)
+            return state, MAMSInfo(
+                state.logdensity,
+                rate,
+                error > MAX_ENERGY_ERROR,
+                done * gradients,
+                params.step_size,
+                params.trajectory_length,
+            )
+
+        def warmup(num_steps: int) -> Warmup:
+            return _warmup(step, walker, num_steps, target_acceptance, blocks)
+
+        return Kernel(
+            "mams",
+            walker.init,
+            warmup,
+            step,
+            exact=True,
+            gradients_per_step=None,
+            wanted={"acceptance_rate": target_acceptance},
+            for_blocks=None if metric == "identity" else for_blocks,
         )
 
-    def warmup(num_steps: int) -> Warmup:
-        return _warmup(step, unadjusted, num_steps, target_acceptance)
-
-    return Kernel(
-        "mams",
-        unadjusted.init,
-        warmup,
-        step,
-        exact=True,
-        gradients_per_step=None,
-        wanted={"acceptance_rate": target_acceptance},
-    )
+    return for_blocks(())
 
 
 def _acceptance_rate(error: jax.Array) -> jax.Array:
     return jnp.exp(jnp.minimum(-error, 0.0))
 
 
-def _warmup(step, unadjusted: Kernel, num_steps: int, target: float) -> Warmup:
+def _warmup(step, walker: Kernel, num_steps: int, target: float, blocks) -> Warmup:
     average_init, average_update, average_final = dual_averaging_adaptation(target)
     switch = num_steps - min(num_steps // ADJUSTED_SHARE, MAX_ADJUSTED)
-    rules = unadjusted.warmup(switch)
+    rules = walker.warmup(switch)
 
     def init(position: jax.Array) -> MAMSAdaptation:
         adaptation = rules.init(position)
@@ -204,11 +231,16 @@ def _warmup(step, unadjusted: Kernel, num_steps: int, target: float) -> Warmup:
 
     def adjust(key, state, a: MAMSAdaptation, t, log_density):
         a = jax.lax.cond(t == switch, begin_adjusted, lambda a: a, a)
-        params = MAMSParams(jnp.exp(a.step_size.log_step_size), a.trajectory_length)
+        size, metric = jnp.exp(a.step_size.log_step_size), a.unadjusted.params.metric
+        params = MAMSParams(size, a.trajectory_length, metric)
         state, info = step(key, state, params, log_density)
+        position = state.position
+        # L is a length in the coordinates of the metric.
+        if metric is not None:
+            position = kronecker.scale(a.unadjusted.estimate.inverse, blocks, position)
         count = a.adjusted + 1
-        mean = a.mean + (state.position - a.mean) / count
-        squares = a.squares + (state.position - a.mean) * (state.position - mean)
+        mean = a.mean + (position - a.mean) / count
+        squares = a.squares + (position - a.mean) * (position - mean)
         # A chain that has not been everywhere yet takes the posterior for narrower than it is.
         seen = jnp.sqrt(jnp.sum(squares) / count)
         return (
@@ -238,6 +270,6 @@ def _warmup(step, unadjusted: Kernel, num_steps: int, target: float) -> Warmup:
         a = jax.tree.map(lambda x, y: jnp.where(a.adjusted > 0, x, y), a, early)
         average = a.step_size
         size = jnp.where(a.adjusted > 0, average_final(average), jnp.exp(average.log_step_size))
-        return MAMSParams(size, a.trajectory_length)
+        return MAMSParams(size, a.trajectory_length, a.unadjusted.params.metric)
 
     return Warmup(init, warm, finish)

@@ -90,7 +90,13 @@ def network_warmup(
     Warmup
     """
     average_init, average_update, average_final = dual_averaging_adaptation(target)
-    walker = mclmc(initial_step_size=initial_step_size)
+    # Hot at first: it has no metric.
+    walker = mclmc(
+        energy_variance_start=5.0,
+        energy_variance_end=0.05,
+        initial_step_size=initial_step_size,
+        metric="identity",
+    )
     switch = walk_steps(num_steps)
     tuning = num_steps - switch
     rules = walker.warmup(switch)
