@@ -21,7 +21,7 @@ from bnnmcmc.models.network import Network
 from bnnmcmc.placement import Placement
 from bnnmcmc.posterior import Posterior, activation_bytes
 from bnnmcmc.processes import Group, share_of
-from bnnmcmc.samplers.kernel import Kernel
+from bnnmcmc.samplers.kernel import Kernel, MinibatchKernel
 from bnnmcmc.samplers.table import KERNELS
 
 # Of a chain on a device: position, gradient, momentum, moments, metric, and their next values.
@@ -135,7 +135,7 @@ def make_posterior(config: Config, encoding: Encoding) -> Posterior:
     return Posterior(network, likelihood, make_prior(config))
 
 
-def make_kernel(config: Config) -> Kernel:
+def make_kernel(config: Config) -> Kernel | MinibatchKernel:
     """Build the kernel with the options of [sampler]."""
     common = {"kernel", "rows", "leaves", "warmup", "draws", "thin"}
     return KERNELS[config.sampler.kernel](**config.sampler.model_dump(exclude=common))

@@ -31,6 +31,7 @@ from bnnmcmc.posterior import Posterior, check_finite
 from bnnmcmc.processes import Group
 from bnnmcmc.progress import duration
 from bnnmcmc.run import position_layout
+from bnnmcmc.sampling import check_rows
 
 # Packages that decide what a draw's bits are, and others worth knowing.
 PINNED = ("bnnmcmc", "jax", "jaxlib", "blackjax", "numpyro", "optax")
@@ -70,7 +71,7 @@ def check_model(
     posterior = build.make_posterior(config, dataset.encoding)
     if folder is not None:
         check_disk(folder, position_layout(posterior), config.ensemble.members, draws)
-    build.make_kernel(config)
+    check_rows(build.make_kernel(config), build.sampling_rows(config, dataset))
     build.make_ensemble_optimiser(config)
     build.sampled_size(config, position_layout(posterior))
     placement = build.make_placement(config, posterior, dataset, group)
@@ -224,6 +225,12 @@ def estimate(
         case "nuts":
             depths = [min(depth, sampler.max_depth) for depth in NUTS_DEPTHS]
             gradients = (steps * (2 ** depths[0] - 1), steps * (2 ** depths[1] - 1))
+        case "sgld" | "sghmc" | "smile":
+            # In gradients over all rows.
+            batch = sampler.batch_size / len(build.sampling_rows(config, dataset)[0])
+            batches = steps + (sampler.warmup if sampler.kernel == "smile" else 0)
+            anchored = steps * (batch + 1 / sampler.anchor) if sampler.anchor else 0.0
+            gradients = (batches * batch + anchored,) * 2
     return Estimate(
         of.size,
         build.sampled_size(config, of),

@@ -28,6 +28,7 @@ from bnnmcmc.errors import InputError
 from bnnmcmc.posterior import Posterior, activation_bytes
 from bnnmcmc.prediction import Prediction, in_target_units
 from bnnmcmc.predictive import Draws, Pooled, draws_in_memory, per_draw, pool, thinned
+from bnnmcmc.samplers.kernel import RowDensity
 from bnnmcmc.sampling import sample_density
 
 # The ArviZ tree is thinned to about this size: its log-likelihoods grow with rows x draws.
@@ -402,7 +403,8 @@ def sample(
         )
     if posterior.row_chunk is None:
         at_work = replace(posterior, row_chunk=options["placement"].row_chunk)
-    samples = sample_density(at_work.log_density, positions, data=(x, y), **options)
+    density = RowDensity(at_work.log_prior, at_work.log_likelihood)
+    samples = sample_density(density, positions, data=(x, y), **options)
     draws = draws_in_memory(samples.draws)
     status = chain_status(draws, samples.stats, options.get("thin", 1))
     return Run(

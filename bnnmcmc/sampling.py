@@ -22,7 +22,7 @@ from bnnmcmc.errors import InputError
 from bnnmcmc.keys import stage_key
 from bnnmcmc.placement import Placement, gather, indices, over_chains, place, replicate, spread
 from bnnmcmc.records import Schedule, no_flight, no_progress, record_steps, run_ahead
-from bnnmcmc.samplers.kernel import Kernel
+from bnnmcmc.samplers.kernel import Kernel, MinibatchKernel, RowDensity, Target
 from bnnmcmc.samplers.table import kernel_named
 
 # A block is sized to take about this long, so that progress, Ctrl-C and time budgets are prompt.
@@ -68,7 +68,7 @@ class Block(NamedTuple):
 class Program(NamedTuple):
     """The compiled functions of one sampling problem (see `build_program`)."""
 
-    kernel: Kernel
+    kernel: Kernel | MinibatchKernel
     placement: Placement
     layout: trees.Layout
     warmup: Schedule
@@ -86,7 +86,7 @@ class Program(NamedTuple):
 
 def build_program(
     log_density: Callable[..., jax.Array],
-    kernel: Kernel,
+    kernel: Kernel | MinibatchKernel,
     of: trees.Layout,
     placement: Placement,
     *,
@@ -101,8 +101,9 @@ def build_program(
     Parameters
     ----------
     log_density : callable
-        ``log_density(position, *data) -> scalar``; position is a pytree, data are arrays.
-    kernel : Kernel
+        ``log_density(position, *data) -> scalar``; position is a pytree, data are arrays. A
+        `RowDensity` for a minibatch kernel.
+    kernel : Kernel or MinibatchKernel
     of : trees.Layout
         Layout of one position.
     placement : Placement
@@ -137,10 +138,22 @@ def build_program(
         capacity = int(np.clip(capacity, 1, max(draws, 1)))
     traces = {"start": 0, "warm": 0, "finish": 0, "draw": 0}
 
-    def density_of(data, fixed):
-        if sampled is None:
-            return lambda flat: log_density(unravel(flat), *data)
-        return lambda free: log_density(unravel(trees.join(free, fixed, of, sampled)), *data)
+    def position_of(flat, fixed):
+        if sampled is not None:
+            flat = trees.join(flat, fixed, of, sampled)
+        return unravel(flat)
+
+    def density_of(data, fixed) -> Any:
+        if isinstance(kernel, MinibatchKernel):
+            return _target(log_density, kernel, lambda flat: position_of(flat, fixed), data)
+        return lambda flat: log_density(position_of(flat, fixed), *data)
+
+    if isinstance(kernel, MinibatchKernel):
+        take_step = kernel.sampling(warmup)
+    else:
+
+        def take_step(key, state, params, t, density):
+            return kernel.step(key, state, params, density)
 
     def start_chain(chain, key, data):
         traces["start"] += 1
@@ -216,7 +229,7 @@ def build_program(
         density, chain_key = density_of(data, fixed), jax.random.fold_in(key, index)
 
         def step(t, state):
-            return kernel.step(jax.random.fold_in(chain_key, t), state, params, density)
+            return take_step(jax.random.fold_in(chain_key, t), state, params, t, density)
 
         state, records = record_steps(
             step, state, first, count, draw_schedule, capacity, keep=lambda state: state.position
@@ -239,6 +252,53 @@ def build_program(
         over_chains(draw_chain, placement, donate=True),
         traces,
     )
+
+
+def _target(
+    density: Callable[..., jax.Array],
+    kernel: MinibatchKernel,
+    position_of: Callable[[jax.Array], Any],
+    data: tuple,
+) -> Target:
+    """Return what a minibatch kernel sees of a density that is a sum over rows."""
+    if not isinstance(density, RowDensity):
+        raise InputError(
+            f"log_density: the kernel {kernel.name} looks at batches of rows, so it needs "
+            "bnnmcmc.RowDensity(log_prior, log_likelihood), not one function of all rows"
+        )
+    rows = check_rows(kernel, data)
+
+    def estimate(flat, batch):
+        position, some = position_of(flat), (values[batch] for values in data)
+        scale = rows / kernel.batch_size
+        return density.log_prior(position) + scale * density.log_likelihood(position, *some)
+
+    return Target(rows, lambda flat: density(position_of(flat), *data), estimate)
+
+
+def check_rows(kernel: Kernel | MinibatchKernel, data: tuple) -> int:
+    """Return the number of rows of the data, which must hold a batch of the kernel.
+
+    Raises
+    ------
+    InputError
+        A minibatch kernel and data without rows, with different numbers of them, or fewer than its
+        batch size.
+    """
+    lengths = {np.shape(values)[:1] for values in data}
+    rows = min((length[0] for length in lengths if length), default=0)
+    if isinstance(kernel, MinibatchKernel):
+        if len(lengths) != 1 or () in lengths:
+            raise InputError(
+                f"data: found arrays of shapes {[np.shape(values) for values in data]}, expected "
+                "the same number of rows on all leading axes"
+            )
+        if kernel.batch_size > rows:
+            raise InputError(
+                f"sampler.batch_size: found {kernel.batch_size}, but there are {rows} rows; give "
+                "at most that"
+            )
+    return rows
 
 
 def start_chains(program: Program, positions: jax.Array, seed: int, data: tuple) -> Any:
@@ -392,7 +452,7 @@ def sample_density(
     log_density: Callable[..., jax.Array],
     positions: Any,
     *,
-    kernel: str | Kernel = "nuts",
+    kernel: str | Kernel | MinibatchKernel = "nuts",
     warmup: int = 1000,
     draws: int = 1000,
     thin: int = 1,

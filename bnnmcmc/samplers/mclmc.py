@@ -311,9 +311,7 @@ def mile_warmup(
         )
         return a._replace(kept=kept, num_kept=a.num_kept + use)
 
-    def warm(key, state, a: MILEState, t, log_density):
-        state, info = step(key, state, a.params, log_density)
-
+    def adapt(a: MILEState, state, info, t) -> MILEState:
         def first_phases(a):
             a = tune_step_size(a, info, t)
             a = jax.lax.cond(
@@ -324,8 +322,11 @@ def mile_warmup(
         def last_phase(a):
             return keep(a, state.position, info, t)
 
-        a = jax.lax.cond(t < end_moments, first_phases, last_phase, a)
-        return state, a, info
+        return jax.lax.cond(t < end_moments, first_phases, last_phase, a)
+
+    def warm(key, state, a: MILEState, t, log_density):
+        state, info = step(key, state, a.params, log_density)
+        return state, adapt(a, state, info, t), info
 
     def finish(a: MILEState) -> MCLMCParams:
         params = a.params
@@ -353,4 +354,4 @@ def mile_warmup(
             decoherence_length=jnp.where(usable, length, params.decoherence_length)
         )
 
-    return Warmup(init, warm, finish)
+    return Warmup(init, warm, finish, lambda a: a.params, adapt)
