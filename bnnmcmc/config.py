@@ -396,9 +396,14 @@ class SMILEConfig(MinibatchSection):
     """[sampler] kernel = "smile": microcanonical Langevin, on batches, noise-preconditioned."""
 
     kernel: Literal["smile"]
-    warmup: int = Field(default=20_000, ge=0, description="warm-up steps per chain")
-    draws: int = Field(default=500, ge=1, description="kept draws per chain")
-    thin: int = Field(default=50, ge=1, description="steps per kept draw")
+    warmup: int = Field(default=8000, ge=0, description="warm-up steps per chain")
+    draws: int = Field(default=300, ge=1, description="kept draws per chain")
+    thin: int = Field(default=60, ge=1, description="steps per kept draw")
+    anchor: int = Field(
+        default=100,
+        ge=0,
+        description="control variates: steps between two gradients over all rows; 0 for none",
+    )
     energy_variance_start: float = Field(default=5.0, gt=0)
     energy_variance_end: float = Field(default=0.5, gt=0)
     initial_step_size: float = Field(default=0.005, gt=0)

@@ -467,18 +467,21 @@ def sample_density(
     Parameters
     ----------
     log_density : callable
-        ``log_density(position, *data) -> scalar``, unnormalised.
+        ``log_density(position, *data) -> scalar``, unnormalised. For a minibatch kernel a
+        ``bnnmcmc.RowDensity(log_prior, log_likelihood)``.
     positions : pytree
         Start positions, chains stacked on the leading axis: leaves (chain, *leaf).
-    kernel : str or Kernel
-        "nuts", "hmc", "mclmc", or a kernel made with its options (``bnnmcmc.nuts(...)``). MCLMC
+    kernel : str, Kernel or MinibatchKernel
+        "nuts", "hmc", "mams", "mclmc", "smile", "sghmc", "sgld", or a kernel made with its options
+        (``bnnmcmc.nuts(...)``). MCLMC
         with its default options is tuned for large networks; in few dimensions its bias shows.
     warmup, draws, thin : int
         Warm-up steps; kept draws per chain; steps per kept draw.
     seed : int
         Equal seeds give equal draws.
     data : tuple of arrays
-        Further arguments of ``log_density``.
+        Further arguments of ``log_density``; for a minibatch kernel the rows are on their leading
+        axes.
     placement : Placement
         Where the chains run; chosen from the devices at hand if not given.
     on_block : callable
@@ -494,7 +497,8 @@ def sample_density(
     Raises
     ------
     InputError
-        A start position with a non-finite density, or counts out of range.
+        A start position with a non-finite density, counts out of range, or a density or data that
+        a minibatch kernel cannot take batches of.
 
     Examples
     --------
@@ -521,13 +525,14 @@ def sample_density(
         raise InputError(f"placement is for {placement.chains} chains, positions hold {chains}")
     of = trees.layout(trees.first(positions))
     data = tuple(jnp.asarray(value) for value in data)
+    chosen = kernel_named(kernel)
+    check_rows(chosen, data)
     result = jax.eval_shape(log_density, trees.first(positions), *data)
     if getattr(result, "shape", None) != ():
         raise InputError(
             f"log_density: returns {result} for one position, expected a scalar, such as the sum "
             "of a density's terms"
         )
-    chosen = kernel_named(kernel)
     program = build_program(
         log_density,
         chosen,

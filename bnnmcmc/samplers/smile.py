@@ -77,7 +77,7 @@ def smile(
     energy_variance_start: float = 5.0,
     energy_variance_end: float = 0.5,
     initial_step_size: float = 0.005,
-    anchor: int = 0,
+    anchor: int = 100,
 ) -> MinibatchKernel:
     r"""Build unadjusted microcanonical Langevin dynamics on batches.
 
