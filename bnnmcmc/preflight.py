@@ -212,6 +212,7 @@ def estimate(
     gradient = _gradient_seconds(config, dataset, posterior, placement, of)
     sampler = config.sampler
     steps = sampler.warmup + sampler.draws * sampler.thin
+    gradients: tuple[float, float]
     match sampler.kernel:
         case "mclmc":
             per_step = build.make_kernel(config).gradients_per_step or 1

@@ -473,8 +473,8 @@ def sample_density(
         Start positions, chains stacked on the leading axis: leaves (chain, *leaf).
     kernel : str, Kernel or MinibatchKernel
         "nuts", "hmc", "mams", "mclmc", "smile", "sghmc", "sgld", or a kernel made with its options
-        (``bnnmcmc.nuts(...)``). MCLMC
-        with its default options is tuned for large networks; in few dimensions its bias shows.
+        (``bnnmcmc.nuts(...)``). MCLMC with its default options is tuned for large networks; in few
+        dimensions its bias shows.
     warmup, draws, thin : int
         Warm-up steps; kept draws per chain; steps per kept draw.
     seed : int

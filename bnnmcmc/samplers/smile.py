@@ -167,7 +167,9 @@ def smile(
         turned = jnp.minimum(2 * params.step_size / params.decoherence_length, 40.0)
         spread = jnp.sqrt(jnp.expm1(turned) / dimension)
         direction = jnp.where(kept, moved.momentum + spread * noise, noise)
-        new = SMILEState(*moved, anchor_now)
+        new = SMILEState(
+            moved.position, moved.momentum, moved.logdensity, moved.logdensity_grad, anchor_now
+        )
         state = jax.tree.map(
             lambda a, b: jnp.where(kept, a, b), new, state._replace(anchor=anchor_now)
         )
@@ -195,9 +197,12 @@ def smile(
         return step
 
     def warmup(num_steps):
+        # Its rules alone: the step is this kernel's own.
         rules = mile_warmup(
             None, num_steps, energy_variance_start, energy_variance_end, initial_step_size
         )
+        adapt = rules.adapt
+        assert adapt is not None
 
         def init(position):
             return SMILEAdaptation(rules.init(position), no_noise(position))
@@ -228,7 +233,7 @@ def smile(
                 jnp.where(kept, jnp.square(energy_change) / dimension, 0.0),
             )
             scaled = state._replace(position=state.position / params.scale)
-            return state, SMILEAdaptation(rules.adapt(a.tuning, scaled, info, t), noise), info
+            return state, SMILEAdaptation(adapt(a.tuning, scaled, info, t), noise), info
 
         def finish(a):
             tuned = rules.finish(a.tuning)
