@@ -34,10 +34,14 @@ if TYPE_CHECKING:
     from bnnmcmc.models.network import Network as Network
     from bnnmcmc.placement import place as place
     from bnnmcmc.placement import use_all_cores as use_all_cores
+    from bnnmcmc.placement import use_precision as use_precision
     from bnnmcmc.posterior import Posterior as Posterior
     from bnnmcmc.prediction import Prediction as Prediction
+    from bnnmcmc.priors import Hierarchy as Hierarchy
+    from bnnmcmc.priors import Horseshoe as Horseshoe
     from bnnmcmc.priors import LeafPrior as LeafPrior
     from bnnmcmc.priors import Prior as Prior
+    from bnnmcmc.priors import hierarchical as hierarchical_prior  # noqa: F401
     from bnnmcmc.priors import independent as independent_prior  # noqa: F401
     from bnnmcmc.priors import normal as normal_prior  # noqa: F401
     from bnnmcmc.run import Run as Run
@@ -46,6 +50,7 @@ if TYPE_CHECKING:
     from bnnmcmc.samplers.kernel import Kernel as Kernel
     from bnnmcmc.samplers.kernel import MinibatchKernel as MinibatchKernel
     from bnnmcmc.samplers.kernel import RowDensity as RowDensity
+    from bnnmcmc.samplers.kernel import Warmup as Warmup
     from bnnmcmc.samplers.mams import mams as mams
     from bnnmcmc.samplers.mclmc import mclmc as mclmc
     from bnnmcmc.samplers.nuts import nuts as nuts
@@ -54,10 +59,13 @@ if TYPE_CHECKING:
     from bnnmcmc.samplers.smile import smile as smile
     from bnnmcmc.sampling import Samples as Samples
     from bnnmcmc.sampling import sample_density as sample_density
+    from bnnmcmc.targets import Target as Target
 
 _HOMES = {
     "Dataset": "data.Dataset",
     "Ensemble": "ensemble.Ensemble",
+    "Hierarchy": "priors.Hierarchy",
+    "Horseshoe": "priors.Horseshoe",
     "InputError": "errors.InputError",
     "Kernel": "samplers.kernel.Kernel",
     "LeafPrior": "priors.LeafPrior",
@@ -71,11 +79,14 @@ _HOMES = {
     "Run": "run.Run",
     "Samples": "sampling.Samples",
     "Split": "data.Split",
+    "Target": "targets.Target",
+    "Warmup": "samplers.kernel.Warmup",
     "bernoulli": "likelihoods.bernoulli",
     "categorical": "likelihoods.categorical",
     "fit_ensemble": "ensemble.fit_ensemble",
     "gaussian": "likelihoods.gaussian",
     "hmc": "samplers.hmc.hmc",
+    "hierarchical_prior": "priors.hierarchical",
     "independent_prior": "priors.independent",
     "make_optimiser": "ensemble.make_optimiser",
     "mams": "samplers.mams.mams",
@@ -94,6 +105,7 @@ _HOMES = {
     "table_from_arrays": "data.table_from_arrays",
     "use_all_cores": "placement.use_all_cores",
     "use_compilation_cache": "compilation.use_compilation_cache",
+    "use_precision": "placement.use_precision",
 }
 
 __all__ = list(_HOMES)

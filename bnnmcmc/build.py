@@ -1,6 +1,7 @@
 """From a config to the objects it describes: posterior, kernel, optimiser, placement."""
 
 import importlib
+import inspect
 import os
 import sys
 from dataclasses import replace
@@ -12,16 +13,18 @@ import optax
 
 from bnnmcmc import likelihoods, priors, trees
 from bnnmcmc.calibration import calibrate, choose
-from bnnmcmc.config import Config, LeafPriorConfig
+from bnnmcmc.config import Config, HMCConfig, LeafPriorConfig, NUTSConfig, OwnKernelConfig
 from bnnmcmc.data import Dataset, Encoding
 from bnnmcmc.ensemble import make_optimiser
 from bnnmcmc.errors import InputError
 from bnnmcmc.models.mlp import mlp
 from bnnmcmc.models.network import Network
 from bnnmcmc.placement import Placement
-from bnnmcmc.posterior import Posterior, activation_bytes
+from bnnmcmc.posterior import Posterior, activation_bytes, position_shapes
 from bnnmcmc.processes import Group, share_of
+from bnnmcmc.samplers.contract import check_kernel
 from bnnmcmc.samplers.kernel import Kernel, MinibatchKernel
+from bnnmcmc.samplers.mass import MAX_WINDOW_DRAWS
 from bnnmcmc.samplers.table import KERNELS
 
 # Of a chain on a device: position, gradient, momentum, moments, metric, and their next values.
@@ -85,7 +88,7 @@ def import_object(field: str, reference: str) -> Any:
     Raises
     ------
     InputError
-        No such module or object, or the reference is not of that form.
+        No such module or object, the module fails, or the reference is not of that form.
     """
     module_name, colon, name = reference.partition(":")
     if not colon or not module_name or not name:
@@ -94,19 +97,38 @@ def import_object(field: str, reference: str) -> Any:
     if folder not in sys.path:
         sys.path.insert(0, folder)
     try:
-        return getattr(importlib.import_module(module_name), name)
+        module = importlib.import_module(module_name)
     except ImportError as error:
         raise InputError(
             f"{field}: cannot import {module_name!r}: {error}; the module must be installed, or "
             f"lie in the working folder {folder}"
         ) from error
-    except AttributeError as error:
-        raise InputError(f"{field}: the module {module_name!r} has no {name!r}") from error
+    except Exception as error:  # the user's code may raise anything
+        raise InputError(
+            f"{field}: importing {module_name!r} failed: {type(error).__name__}: {error}"
+        ) from error
+    if not hasattr(module, name):
+        raise InputError(f"{field}: the module {module_name!r} has no {name!r}")
+    return getattr(module, name)
 
 
 def make_prior(config: Config) -> priors.Prior:
-    """Build the prior over the network's parameters."""
+    """Build the prior over the network's parameters.
+
+    Raises
+    ------
+    InputError
+        The user's own log-density cannot be imported.
+    """
     chosen = config.prior
+    if chosen.log_density is not None:
+        function = import_object("prior.log_density", chosen.log_density)
+        if not callable(function):
+            raise InputError(
+                f"prior.log_density: {chosen.log_density} is a {type(function).__name__}, expected "
+                "a function of the network's parameters"
+            )
+        return priors.Prior(function)
 
     def leaf(part: LeafPriorConfig) -> priors.LeafPrior:
         return priors.LeafPrior(part.family, part.scale, part.fan_in, part.df)
@@ -119,7 +141,15 @@ def make_prior(config: Config) -> priors.Prior:
         }
         for name, layer in chosen.layers.items()
     }
-    return priors.independent(leaf(chosen), leaf(chosen.bias) if chosen.bias else None, layers)
+    parts = leaf(chosen), leaf(chosen.bias) if chosen.bias else None, layers
+    inputs = None
+    if chosen.inputs is not None:
+        slab = chosen.slab_scale if chosen.inputs == "regularised_horseshoe" else None
+        inputs = priors.Horseshoe(chosen.global_scale, slab, chosen.input_leaf)
+    if inputs is None and not chosen.hierarchical:
+        return priors.independent(*parts)
+    scales = chosen.scales if chosen.hierarchical else None
+    return priors.hierarchical(*parts, scales=scales, inputs=inputs)
 
 
 def make_posterior(config: Config, encoding: Encoding) -> Posterior:
@@ -136,9 +166,64 @@ def make_posterior(config: Config, encoding: Encoding) -> Posterior:
 
 
 def make_kernel(config: Config) -> Kernel | MinibatchKernel:
-    """Build the kernel with the options of [sampler]."""
+    """Build the kernel with the options of [sampler].
+
+    Raises
+    ------
+    InputError
+        A kernel of the user's own cannot be imported or called with these options, or is no
+        `Kernel` or `MinibatchKernel`.
+    """
+    sampler = config.sampler
+    if isinstance(sampler, OwnKernelConfig):
+        return _own_kernel(sampler.kernel, sampler.options)
     common = {"kernel", "rows", "leaves", "warmup", "draws", "thin"}
-    return KERNELS[config.sampler.kernel](**config.sampler.model_dump(exclude=common))
+    return KERNELS[sampler.kernel](**sampler.model_dump(exclude=common))
+
+
+def _own_kernel(reference: str, options: dict[str, Any]) -> Kernel | MinibatchKernel:
+    """Call the user's ``module:function(**options)``."""
+    function = import_object("sampler.kernel", reference)
+    if not callable(function):
+        raise InputError(
+            f"sampler.kernel: {reference} is a {type(function).__name__}, expected a function "
+            "that returns a bnnmcmc.Kernel or a bnnmcmc.MinibatchKernel"
+        )
+    try:
+        inspect.signature(function).bind(**options)
+    except TypeError as error:
+        takes = ", ".join(inspect.signature(function).parameters) or "nothing"
+        raise InputError(
+            f"sampler.options: found {', '.join(options) or 'none'}, but {reference} takes {takes}"
+            f" ({error})"
+        ) from error
+    try:
+        kernel = function(**options)
+    except Exception as error:  # the user's code may raise anything
+        given = ", ".join(f"{name}={value!r}" for name, value in options.items())
+        raise InputError(
+            f"sampler.kernel: {reference}({given}) failed: {type(error).__name__}: {error}"
+        ) from error
+    if not isinstance(kernel, Kernel | MinibatchKernel):
+        raise InputError(
+            f"sampler.kernel: {reference} returned a {type(kernel).__name__}, expected a "
+            "bnnmcmc.Kernel or a bnnmcmc.MinibatchKernel"
+        )
+    return kernel
+
+
+def check_own_kernel(config: Config, of: trees.Layout) -> None:
+    """Build the kernel and, if it is the user's own, check that it keeps the protocol.
+
+    Raises
+    ------
+    InputError
+        It does not (see `check_kernel`).
+    """
+    kernel, sampler = make_kernel(config), config.sampler
+    if isinstance(sampler, OwnKernelConfig):
+        called = f"sampler.kernel: {sampler.kernel}"
+        check_kernel(kernel, sampled_size(config, of), sampler.warmup, called)
 
 
 def make_ensemble_optimiser(config: Config) -> optax.GradientTransformation:
@@ -175,12 +260,12 @@ def make_placement(
         )
     run, sampler = config.run, config.sampler
     x, y = posterior.arrays(*sampling_rows(config, dataset))
-    size = trees.layout(jax.eval_shape(posterior.init, jax.random.key(0))).size
+    size = trees.layout(position_shapes(posterior)).size
     placed = choose(
         room,
         len(x),
         activation_bytes(posterior, x, y),
-        chain_bytes=CHAIN_VECTORS * size * x.dtype.itemsize,
+        chain_bytes=(CHAIN_VECTORS + metric_vectors(config, size)) * size * x.dtype.itemsize,
         devices=devices[:wanted],
         mode=None if run.mode == "auto" else run.mode,
         group=run.group or None,
@@ -189,6 +274,16 @@ def make_placement(
     if not (run.group or run.row_chunk or run.mode == "vmap"):
         placed = calibrate(posterior, x, y, placed, sampler.warmup + sampler.draws * sampler.thin)
     return replace(placed, chains=chains, first=first, room=room)
+
+
+def metric_vectors(config: Config, size: int) -> int:
+    """Return how many vectors of this size a metric holds, with what its estimate needs."""
+    sampler = config.sampler
+    if not isinstance(sampler, NUTSConfig | HMCConfig) or sampler.metric == "diagonal":
+        return 0
+    if sampler.metric == "dense":
+        return 4 * size  # two matrices, the draws' squares, and their next values
+    return 2 * (MAX_WINDOW_DRAWS + sampler.max_rank)
 
 
 def chosen_fields(config: Config, dataset: Dataset, placement: Placement) -> dict[str, Any]:
@@ -209,8 +304,7 @@ def sampled_size(config: Config, of: trees.Layout) -> int:
     InputError
         sampler.leaves does not fit the leaves that there are.
     """
-    chosen = trees.chosen_leaves(config.sampler.leaves, of)
-    return of.size if chosen is None else int(trees.part(np.zeros(of.size), of, chosen).size)
+    return trees.chosen_size(trees.chosen_leaves(config.sampler.leaves, of), of)
 
 
 def sampling_rows(config: Config, dataset: Dataset) -> tuple[Any, Any]:

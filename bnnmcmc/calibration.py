@@ -46,7 +46,7 @@ import numpy as np
 from bnnmcmc import trees
 from bnnmcmc.errors import InputError
 from bnnmcmc.placement import Placement, over_chains, place, replicate, spread
-from bnnmcmc.posterior import Posterior, activation_bytes
+from bnnmcmc.posterior import Posterior, activation_bytes, position_shapes
 
 # On CPUs a group's activations take at most this part of the second-level cache.
 GROUP_SHARE, MAX_GROUP = 1 / 8, 16
@@ -257,7 +257,7 @@ def calibrate(posterior: Posterior, x: Any, y: Any, placement: Placement, steps:
 
 def _walker(posterior: Posterior, x, y, placement: Placement) -> Callable[[int], None]:
     """Return what takes so many gradients of all chains; it is compiled already."""
-    of = trees.layout(jax.eval_shape(posterior.init, jax.random.key(0)))
+    of = trees.layout(position_shapes(posterior))
     data = replicate((x, y), placement)
     # Small weights: no activation saturates, whatever the network.
     flat = spread(np.full((placement.chains, of.size), 0.1, jnp.result_type(float)), placement)

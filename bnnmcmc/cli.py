@@ -156,6 +156,8 @@ def resume(
     folder: Path,
     *,
     draws: int = 0,
+    ess: float | None = None,
+    lppd: float | None = None,
     time_budget: Budget = None,
     other_versions: Annotated[bool, Parameter(negative=())] = False,
     quiet: Quiet = False,
@@ -171,6 +173,12 @@ def resume(
         The run folder.
     draws
         Add this many draws per chain to those planned.
+    ess
+        Sample until this function-space ESS, instead of stop.ess of the config; 0 for no such
+        target.
+    lppd
+        Sample until the LPPD on the validation rows has settled to this many nats per row, instead
+        of stop.lppd.
     other_versions
         Go on although package versions have changed; the draws are then not bit for bit those
         of an undisturbed run.
@@ -188,12 +196,18 @@ def resume(
             folder,
             console=_console(quiet),
             draws=draws,
+            ess=ess,
+            lppd=lppd,
             budget=_budget(time_budget),
             other_versions=other_versions,
             group=group,
         )
-    if read_manifest(folder)["blocks"] == before["blocks"] and before["stage"] == "done":
-        Console().print("This run was complete already; add draws with --draws N.")
+    after = read_manifest(folder)
+    if after["blocks"] == before["blocks"] and before["stage"] == "done":
+        from bnnmcmc.targets import is_met, target_of
+
+        more = "--ess or --lppd" if is_met(*target_of(after)) else "--draws N"
+        Console().print(f"This run was complete already; add draws with {more}.")
     return _end(folder, done)
 
 

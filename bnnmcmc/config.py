@@ -8,7 +8,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    field_validator,
+)
 
 from bnnmcmc.errors import InputError
 
@@ -196,6 +204,60 @@ class PriorConfig(LeafPriorConfig):
     layers: dict[str, LayerPriorConfig] = Field(
         default={}, description="by layer name, e.g. layer0"
     )
+    hierarchical: bool = Field(
+        default=False, description="sample a scale for each layer; scale is that of its prior"
+    )
+    scales: Literal["half_normal", "half_cauchy"] = Field(
+        default="half_normal", description="prior of the layers' sampled scales"
+    )
+    inputs: Literal["regularised_horseshoe", "horseshoe"] | None = Field(
+        default=None, description="prior of the first layer's weights, with a scale for each input"
+    )
+    global_scale: float = Field(
+        default=1.0, gt=0, description="less expects fewer relevant inputs of the horseshoe"
+    )
+    slab_scale: float = Field(
+        default=2.0, gt=0, description="bound of an input's scale in the regularised horseshoe"
+    )
+    input_leaf: str = Field(
+        default="layer0.weight", description="name of the leaf that holds the inputs' weights"
+    )
+    log_density: str | None = Field(
+        default=None, description="module:function(params) -> scalar, instead of all of these"
+    )
+
+    @field_validator("scales")
+    @classmethod
+    def _scales_are_sampled(cls, value, info):
+        unused = not info.data.get("hierarchical", True)
+        if unused and value != cls.model_fields["scales"].default:
+            raise ValueError("needs hierarchical = true; remove it")
+        return value
+
+    @field_validator("global_scale", "slab_scale", "input_leaf")
+    @classmethod
+    def _inputs_have_scales(cls, value, info):
+        unused = info.data.get("inputs", "of a wrong type") is None
+        if unused and value != cls.model_fields[info.field_name].default:
+            raise ValueError('needs inputs = "horseshoe" or "regularised_horseshoe"; remove it')
+        return value
+
+    @field_validator("slab_scale")
+    @classmethod
+    def _there_is_a_slab(cls, value, info):
+        unused = info.data.get("inputs") == "horseshoe"
+        if unused and value != cls.model_fields["slab_scale"].default:
+            raise ValueError('needs inputs = "regularised_horseshoe"; remove it')
+        return value
+
+    @field_validator("log_density")
+    @classmethod
+    def _one_density(cls, value, info):
+        names = [name for name in cls.model_fields if name != info.field_name]
+        given = _changed(cls, info.data, *names)
+        if value is not None and given:
+            raise ValueError(f"replaces the whole prior, so remove {', '.join(given)}")
+        return value
 
 
 class EnsembleConfig(Section):
@@ -268,7 +330,33 @@ class MAMSConfig(SamplerSection):
     initial_step_size: float = Field(default=0.005, gt=0)
 
 
-class NUTSConfig(SamplerSection):
+class HamiltonianSection(SamplerSection):
+    """What NUTS and HMC share."""
+
+    target_acceptance: float = Field(default=0.8, gt=0, lt=1)
+    initial_step_size: float = Field(default=0.01, gt=0)
+    metric: Literal["diagonal", "low_rank", "dense"] = Field(
+        default="diagonal",
+        description="inverse mass matrix: variances; these and the directions that differ most; "
+        "covariances",
+    )
+    max_rank: int = Field(default=20, ge=1, description="most directions of a low_rank metric")
+    cutoff: float = Field(
+        default=2.0,
+        ge=1,
+        description="a low_rank metric leaves out directions within this factor of the diagonal",
+    )
+
+    @field_validator("max_rank", "cutoff")
+    @classmethod
+    def _fits_metric(cls, value, info):
+        unused = info.data.get("metric", "low_rank") != "low_rank"
+        if unused and value != cls.model_fields[info.field_name].default:
+            raise ValueError('needs metric = "low_rank"; remove it')
+        return value
+
+
+class NUTSConfig(HamiltonianSection):
     """[sampler] kernel = "nuts": the No-U-Turn sampler."""
 
     kernel: Literal["nuts"]
@@ -276,11 +364,13 @@ class NUTSConfig(SamplerSection):
     draws: int = Field(default=500, ge=1, description="kept draws per chain")
     thin: int = Field(default=1, ge=1, description="steps per kept draw")
     max_depth: int = Field(default=10, ge=1, le=20)
-    target_acceptance: float = Field(default=0.8, gt=0, lt=1)
-    initial_step_size: float = Field(default=0.01, gt=0)
+    adaptation: Literal["window", "network"] = Field(
+        default="window",
+        description="warm-up as in Stan; or, from an optimiser's weights, by a walk of cheap steps",
+    )
 
 
-class HMCConfig(SamplerSection):
+class HMCConfig(HamiltonianSection):
     """[sampler] kernel = "hmc": Hamiltonian Monte Carlo."""
 
     kernel: Literal["hmc"]
@@ -289,8 +379,16 @@ class HMCConfig(SamplerSection):
     thin: int = Field(default=1, ge=1, description="steps per kept draw")
     num_leapfrog: int = Field(default=30, ge=1)
     jitter: float = Field(default=0.5, ge=0, lt=1)
-    target_acceptance: float = Field(default=0.8, gt=0, lt=1)
-    initial_step_size: float = Field(default=0.01, gt=0)
+
+
+class OwnKernelConfig(SamplerSection):
+    """[sampler] kernel = "module:function": a kernel of the user's own."""
+
+    kernel: str = Field(description="module:function(**options) -> Kernel")
+    warmup: int = Field(default=1000, ge=0, description="warm-up steps per chain")
+    draws: int = Field(default=1000, ge=1, description="kept draws per chain")
+    thin: int = Field(default=1, ge=1, description="steps per kept draw")
+    options: dict[str, Any] = Field(default={}, description="arguments of the function")
 
 
 class MinibatchSection(SamplerSection):
@@ -418,6 +516,60 @@ SAMPLERS = {
     "sghmc": SGHMCConfig,
     "smile": SMILEConfig,
 }
+# The user's kernels have a colon in their names, ours have not.
+OWN = "module:function"
+
+
+def _kernel_kind(section: Any) -> Any:
+    """Return which of `SAMPLERS`, or `OWN`, a [sampler] section is; None if it is no section."""
+    if not isinstance(section, dict | SamplerSection):
+        return None
+    kernel = section["kernel"] if isinstance(section, dict) else getattr(section, "kernel", None)
+    return OWN if ":" in str(kernel) else str(kernel)
+
+
+class StopConfig(Section):
+    """[stop]: sample until a target is met, but no more than sampler.draws."""
+
+    ess: float = Field(
+        default=0.0,
+        ge=0,
+        description="function-space ESS to reach, all chains together: bulk ESS of a prediction "
+        "within each chain, summed over chains, median over predictions of validation inputs; 0: "
+        "no such target",
+    )
+    lppd: float = Field(
+        default=0.0,
+        ge=0,
+        description="the LPPD on the validation rows has settled when its last checks + 1 values "
+        'differ by no more than this, in nats per row; needs sampler.rows = "train"; 0: no such '
+        "target",
+    )
+    every: int = Field(
+        default=50,
+        ge=10,
+        description="draws to the next check; after ten checks, each comes a tenth later",
+    )
+    checks: int = Field(
+        default=3, ge=2, description="for how many checks the LPPD has to stay where it is"
+    )
+
+    @field_validator("every")
+    @classmethod
+    def _every_fits(cls, value, info):
+        targets = _changed(cls, info.data, "ess", "lppd")
+        wrong_elsewhere = not {"ess", "lppd"} <= set(info.data)
+        if value != cls.model_fields["every"].default and not (targets or wrong_elsewhere):
+            raise ValueError("needs a target, stop.ess or stop.lppd; add one, or remove it")
+        return value
+
+    @field_validator("checks")
+    @classmethod
+    def _checks_fits(cls, value, info):
+        unused = info.data.get("lppd", "of a wrong type") == 0
+        if value != cls.model_fields["checks"].default and unused:
+            raise ValueError("needs stop.lppd; add that, or remove it")
+        return value
 
 
 class RunConfig(Section):
@@ -463,10 +615,29 @@ class Config(Section):
     prior: PriorConfig = PriorConfig()
     ensemble: EnsembleConfig = EnsembleConfig()
     sampler: Annotated[
-        MCLMCConfig | MAMSConfig | NUTSConfig | HMCConfig | SGLDConfig | SGHMCConfig | SMILEConfig,
-        Field(discriminator="kernel"),
+        Annotated[MCLMCConfig, Tag("mclmc")]
+        | Annotated[MAMSConfig, Tag("mams")]
+        | Annotated[NUTSConfig, Tag("nuts")]
+        | Annotated[HMCConfig, Tag("hmc")]
+        | Annotated[SGLDConfig, Tag("sgld")]
+        | Annotated[SGHMCConfig, Tag("sghmc")]
+        | Annotated[SMILEConfig, Tag("smile")]
+        | Annotated[OwnKernelConfig, Tag(OWN)],
+        Discriminator(_kernel_kind),
     ] = MCLMCConfig()
+    stop: StopConfig = StopConfig()
     run: RunConfig = RunConfig()
+
+    @field_validator("stop")
+    @classmethod
+    def _held_out(cls, value, info):
+        sampler = info.data.get("sampler")
+        if value.lppd and sampler is not None and sampler.rows != "train":
+            raise ValueError(
+                'lppd needs sampler.rows = "train", found "train+validation": the LPPD of rows '
+                "that the posterior conditions on is no held-out score; set that, or stop by ess"
+            )
+        return value
 
     @property
     def task(self) -> Literal["regression", "classification"]:
@@ -518,7 +689,7 @@ def _one_line_per_field(sentences: list[str]) -> list[str]:
 
 
 def _sentence(error: Any, tables: dict) -> str:
-    kernels = tuple(SAMPLERS)
+    kernels = (*SAMPLERS, OWN)
     path = [str(p) for p in error["loc"]]
     if len(path) > 1 and path[0] == "sampler" and path[1] in kernels:
         path.pop(1)
@@ -539,7 +710,7 @@ def _sentence(error: Any, tables: dict) -> str:
         return (
             f"sampler.kernel: found {found.get('kernel')!r}, expected one of {', '.join(kernels)}"
         )
-    if error["type"] in ("model_type", "model_attributes_type", "dict_type"):
+    if error["type"] in ("model_type", "dict_type", "union_tag_not_found"):
         return f"{field}: found {found!r}, but it should be a table, [{field}]"
     message = error["msg"][0].lower() + error["msg"][1:]
     return f"{field}: found {found!r}, but {message.replace('input should', 'it should')}"
@@ -550,8 +721,7 @@ def _known_keys(path: Sequence[str], tables: dict) -> list[str]:
     model: Any = Config
     for part in path:
         if part == "sampler":
-            kernel = tables["sampler"].get("kernel", "mclmc")
-            model = SAMPLERS[kernel]
+            model = SAMPLERS.get(tables["sampler"].get("kernel", "mclmc"), OwnKernelConfig)
             continue
         if part not in model.model_fields:
             continue  # a name of the user's own, such as a layer

@@ -348,6 +348,21 @@ def _bulk_ess(values: np.ndarray) -> np.ndarray:
     return _over_sequences(bulk_ess, sequences, MIN_ESS_DRAWS)
 
 
+def prediction_ess(values: np.ndarray) -> np.ndarray:
+    """Return what the draws of each chain are worth for each prediction: bulk ESS (chain, n).
+
+    A prediction that never changes within a chain learns nothing from it: 0. NaN with fewer than
+    10 draws, and where a draw is not finite.
+
+    Parameters
+    ----------
+    values : array (chain, draw, n)
+    """
+    # A few equal draws are no evidence that the chain does not move.
+    stands = _constant(values) & (values.shape[1] >= MIN_ESS_DRAWS)
+    return np.where(stands, 0.0, _bulk_ess(values))
+
+
 def _over_sequences(
     statistic: Callable[..., np.ndarray], sequences: np.ndarray, least: int, *options: Any
 ) -> np.ndarray:
@@ -403,6 +418,7 @@ def chain_table(
     functions: np.ndarray | None,
     stats: Mapping[str, np.ndarray],
     statuses: "Sequence[ChainStatus]",
+    stopped: Mapping[int, int] | None = None,
     parts: int = 4,
 ) -> list[dict[str, Any]]:
     """Describe every chain by itself.
@@ -424,6 +440,9 @@ def chain_table(
         Name -> (chain, draw), as `Samples.stats`.
     statuses : sequence of ChainStatus
         One per chain.
+    stopped : mapping, optional
+        Chain -> after how many draws it was stopped: its numbers are of these draws alone, and its
+        R-hat and ESS, which would describe a failure, are NaN.
     parts : int
         Parts of a chain for the chain-wise R-hat.
 
@@ -463,8 +482,11 @@ def chain_table(
         rhat_median = _over_moving(np.median, rhats, constant)
         rhat_worst = _over_moving(np.max, rhats, constant)
 
+    def made(values: np.ndarray, chain: int) -> np.ndarray:
+        return np.asarray(values[chain])[: (stopped or {}).get(chain)]
+
     def of_chain(name: str, reduce: Callable[..., Any], chain: int) -> Any:
-        return reduce(np.asarray(stats[name][chain])).item() if name in stats else None
+        return reduce(made(stats[name], chain)).item() if name in stats else None
 
     def total(values: np.ndarray) -> Any:
         return np.sum(values, dtype=np.int64)
@@ -474,9 +496,9 @@ def chain_table(
             "chain": chain,
             "status": status.status,
             "sentence": status.sentence,
-            "draws": log_density.shape[1],
-            "log_density": _mean(log_density[chain]).item(),
-            "log_density_drift": _drift(log_density[chain]),
+            "draws": len(made(log_density, chain)),
+            "log_density": _mean(made(log_density, chain)).item(),
+            "log_density_drift": _drift(made(log_density, chain)),
             "acceptance_rate": of_chain("acceptance_rate", _mean, chain),
             "energy_error": of_chain("energy_error_squared", _mean, chain),
             "divergences": of_chain("diverging", total, chain),
@@ -531,13 +553,15 @@ def run_summary(
     -------
     dict
         - chains, draws (per chain), share_ok (of the chains);
+        - chains_stopped: chains that failed repeatedly and made no more draws. They are left out
+          of everything below;
         - chains_drifting, chains_undefined: chains whose chain-wise R-hat (median over
           predictions; of the log-density without predictions) is above 1.1, or NaN;
         - rhat_function_across_median, rhat_function_across_max, rhat_log_density_across:
           rank-normalised R-hat over chains; NaN for a single chain;
         - ess_function_total_median: bulk ESS of a prediction summed over chains, median over
           predictions. A chain in which the prediction never changes adds nothing;
-        - verdict: two to four sentences with these numbers.
+        - verdict: one to five sentences with these numbers.
 
         Entries named ``function`` are None without predictions.
 
@@ -547,14 +571,23 @@ def run_summary(
     """
     log_density = np.asarray(log_density, np.float64)
     chains, draws = log_density.shape
+    stopped = [row["chain"] for row in table if row["status"] == "stopped"]
+    going = np.setdiff1d(np.arange(chains), stopped)
+    if stopped and len(going):
+        log_density = log_density[going]
+        functions = None if functions is None else functions[going]
     criterion = "rhat_log_density" if functions is None else "rhat_function_median"
+    # Of chains that were stopped these are NaN, but that is no news.
     rhats = np.array([row[criterion] for row in table], np.float64)
+    undefined = np.isnan(rhats)
+    undefined[stopped] = False
     summary: dict[str, Any] = {
         "chains": chains,
         "draws": draws,
         "share_ok": sum(row["status"] == "ok" for row in table) / chains,
         "chains_drifting": np.flatnonzero(rhats > RHAT_LIMIT).tolist(),
-        "chains_undefined": np.flatnonzero(np.isnan(rhats)).tolist(),
+        "chains_undefined": np.flatnonzero(undefined).tolist(),
+        "chains_stopped": stopped,
         "rhat_function_across_median": None,
         "rhat_function_across_max": None,
         "rhat_log_density_across": float(_rhat(log_density)),
@@ -563,11 +596,8 @@ def run_summary(
     if functions is not None:
         chosen = _evenly_spaced(functions)
         across = _rhat(np.moveaxis(chosen, 2, 0))
-        constant = _constant(chosen)
-        never = constant.all(axis=0) & (chosen == chosen[:1, :1]).all(axis=(0, 1))
-        # A few equal draws are no evidence that the chain does not move.
-        stands = constant & (draws >= MIN_ESS_DRAWS)
-        sizes = np.where(stands, 0.0, _bulk_ess(chosen)).sum(axis=0)
+        never = _constant(chosen).all(axis=0) & (chosen == chosen[:1, :1]).all(axis=(0, 1))
+        sizes = prediction_ess(chosen).sum(axis=0)
 
         def over_functions(reduce: Callable[..., Any], found: np.ndarray) -> float:
             return _over_moving(reduce, found[None], never[None])[0]
@@ -577,11 +607,15 @@ def run_summary(
             "rhat_function_across_max": over_functions(np.max, across),
             "ess_function_total_median": over_functions(np.median, sizes),
         }
-    verdict = [_say_status(table), _say_within(summary, rhats, functions is not None)]
-    if chains > 1:
-        verdict.append(_say_across(summary))
-    if functions is not None:
-        verdict.append(_say_ess(summary))
+    verdict = [_say_status(table)]
+    if stopped:
+        verdict.append(_say_stopped(summary, table))
+    if len(going):
+        verdict.append(_say_within(summary, rhats[going], functions is not None))
+        if len(going) > 1:
+            verdict.append(_say_across(summary))
+        if functions is not None:
+            verdict.append(_say_ess(summary))
     return {**summary, "verdict": verdict}
 
 
@@ -599,6 +633,16 @@ def _say_status(table) -> str:
     others = "; ".join(f"{status}: {_name_chains(which)}" for status, which in by_status.items())
     counted = f"{ok} of {len(table)} chains have status ok"
     return f"{counted} ({others})." if others else f"{counted}."
+
+
+def _say_stopped(summary, table) -> str:
+    stopped = summary["chains_stopped"]
+    each = ", ".join(f"chain {c} after draw {table[c]['draws']}" for c in stopped[:8])
+    more = f" and {len(stopped) - 8} more" if len(stopped) > 8 else ""
+    return (
+        f"{len(stopped)} of {summary['chains']} chains failed repeatedly and were stopped ({each}"
+        f"{more}); they are left out of predictions, scores and all that is said of the others."
+    )
 
 
 def _say_within(summary, rhats: np.ndarray, of_predictions: bool) -> str:
@@ -646,7 +690,8 @@ def _say_across(summary) -> str:
 
 
 def _say_ess(summary) -> str:
-    total, worth = summary["chains"] * summary["draws"], summary["ess_function_total_median"]
+    going = summary["chains"] - len(summary["chains_stopped"])
+    total, worth = going * summary["draws"], summary["ess_function_total_median"]
     if np.isnan(worth):
         return (
             f"What the {total} draws are worth cannot be estimated: it needs at least "

@@ -20,7 +20,7 @@ from bnnmcmc.data import Dataset
 from bnnmcmc.ensemble import MAX_BLOCK_EPOCHS
 from bnnmcmc.errors import InputError
 from bnnmcmc.placement import Placement
-from bnnmcmc.posterior import Posterior, activation_bytes
+from bnnmcmc.posterior import Posterior, activation_bytes, position_shapes
 from bnnmcmc.predictive import BATCH, CHUNK_BYTES, MAX_SAMPLES
 from bnnmcmc.results import (
     MAX_DIAGNOSED_DRAWS,
@@ -91,7 +91,7 @@ def memory_need(
     -------
     Need
     """
-    position = jax.eval_shape(posterior.init, jax.random.key(0))
+    position = position_shapes(posterior)
     of = trees.layout(position)
     item = jnp.result_type(float).itemsize
     devices, chains = len(placement.devices), placement.chains
@@ -120,6 +120,7 @@ def memory_need(
         warmup=config.sampler.warmup,
         draws=draws,
         thin=config.sampler.thin,
+        sampled=trees.chosen_leaves(config.sampler.leaves, of),
     )
     members, history = chains * member, 2 * item * chains * ensemble.max_epochs
     epochs = 2 * item * chains * min(MAX_BLOCK_EPOCHS, ensemble.max_epochs)
@@ -189,7 +190,7 @@ def _state_bytes(program: Program, rows: int) -> int:
     data = (jax.ShapeDtypeStruct((rows,), jnp.result_type(float)),)
     warming = program.start.eval_shape((index, positions), jax.random.key(0), data)
     sampling = program.finish.eval_shape(warming)
-    flight = program.depart.eval_shape(warming[1:3]) if program.runs_ahead else ()
+    flight = program.depart.eval_shape(sampling[1:3]) if program.runs_ahead else ()
     return max(_bytes(warming), _bytes(sampling)) + _bytes(flight)
 
 

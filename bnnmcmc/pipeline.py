@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
-from bnnmcmc import build, diagnostics, preflight, progress, store, trees
+from bnnmcmc import build, diagnostics, health, preflight, progress, store, trees
 from bnnmcmc.ahead import FUNCTIONS, Ahead
 from bnnmcmc.config import Config, to_toml, with_placement
 from bnnmcmc.data import Dataset, fingerprint, save_dataset
@@ -33,7 +33,7 @@ from bnnmcmc.ensemble import build_training, finish_ensemble, run_epochs, start_
 from bnnmcmc.errors import InputError
 from bnnmcmc.keys import stage_key
 from bnnmcmc.placement import Placement, gather, indices, replicate, spread
-from bnnmcmc.posterior import Posterior, check_finite
+from bnnmcmc.posterior import Posterior, chain_starts, check_finite
 from bnnmcmc.processes import Group
 from bnnmcmc.results import write_results
 from bnnmcmc.run import (
@@ -43,6 +43,8 @@ from bnnmcmc.run import (
     open_inputs,
     position_layout,
     read_members,
+    stored_draws,
+    watch,
 )
 from bnnmcmc.samplers.kernel import RowDensity
 from bnnmcmc.sampling import (
@@ -53,6 +55,15 @@ from bnnmcmc.sampling import (
     start_chains,
 )
 from bnnmcmc.stopping import Stop, interruptible, locked
+from bnnmcmc.targets import (
+    Checks,
+    check_target,
+    is_met,
+    next_check,
+    say_outcome,
+    say_progress,
+    target_of,
+)
 
 # Of a time budget, training gets this part of what is there for training and sampling, and a
 # warm-up that turns out longer than expected this part of what is left then (the second one for
@@ -193,6 +204,7 @@ def start_run(
         "sampled": build.sampled_size(config, of),
         "leaves": dict(zip(of.names, map(list, of.shapes), strict=True)),
         "kernel": config.sampler.kernel,
+        "wanted": dict(build.make_kernel(config).wanted),
         "warmup": config.sampler.warmup,
         "draws": config.sampler.draws,
         "thin": config.sampler.thin,
@@ -204,6 +216,9 @@ def start_run(
         "status": [],
         "seconds": {},
         "stopped": None,
+        "until": config.stop.model_dump(),
+        "checks": [],
+        "stopped_chains": {},
         "planned": False,
         "notes": [],
     }
@@ -227,6 +242,8 @@ def resume_run(
     *,
     console: Console,
     draws: int = 0,
+    ess: float | None = None,
+    lppd: float | None = None,
     budget: float | None = None,
     other_versions: bool = False,
     group: Group | None = None,
@@ -239,6 +256,8 @@ def resume_run(
     console : Console
     draws : int
         Draws per chain beyond those planned so far.
+    ess, lppd : float, optional
+        The target from now on (`bnnmcmc.targets`), instead of that of the config.
     budget : float, optional
         Seconds for everything.
     other_versions : bool
@@ -254,7 +273,8 @@ def resume_run(
     Raises
     ------
     InputError
-        Not a run folder, changed or damaged files, or other package versions.
+        Not a run folder, changed or damaged files, other package versions, or a target that is
+        met although draws are to be added.
     """
     group = group or Group()
     stop = Stop(None if budget is None else time.monotonic() + budget, group)
@@ -266,7 +286,21 @@ def resume_run(
         config, dataset = open_inputs(folder, manifest)
         check_precision(config)
         done = sum(block["count"] for block in manifest["blocks"])
-        if done < manifest["draws"] + draws:
+        target, checks = target_of(manifest)
+        target = target._replace(
+            ess=target.ess if ess is None else ess, lppd=target.lppd if lppd is None else lppd
+        )
+        check_target(
+            target, rows=manifest["data"]["sampled_on"], validation=len(dataset.validation)
+        )
+        met = is_met(target, checks)
+        if met and draws:
+            raise InputError(
+                f"--draws: the target is met ({say_progress(target, checks)}); to draw more, raise "
+                "it with --ess (0: no such target) or lower --lppd"
+            )
+        goes_on = done < manifest["draws"] + draws and not met
+        if goes_on:
             preflight.check_versions(folder, manifest, other_versions)
         left = manifest["draws"] + draws - done
         posterior, placement = preflight.check_model(config, dataset, group, folder, left)
@@ -274,9 +308,10 @@ def resume_run(
         run_store = store.Store(folder, manifest, group)
         _remove_partial_files(folder)
         changes: dict[str, Any] = {"stopped": None, **_devices(placement)}
+        changes["until"] = target._asdict()
         if draws:
             changes["draws"] = manifest["draws"] + draws
-        if manifest["stage"] in ("results", "done") and done < (manifest["draws"] + draws):
+        if manifest["stage"] in ("results", "done") and goes_on:
             changes["stage"] = "sampling"
         run_store.commit(**changes)
         group.first([str(folder), run_store.manifest])
@@ -579,7 +614,7 @@ def warm_up(job: Job) -> bool:
 
 
 def draw(job: Job) -> bool:
-    """Draw until the planned number is there; return False if interrupted."""
+    """Draw until the planned number is there or a target is met; return False if interrupted."""
     data = _sampling_data(job)
     manifest = job.manifest
     sampler = _sampler(job, data)
@@ -591,12 +626,16 @@ def draw(job: Job) -> bool:
         store.resize_arrays(path, total)
     late = job.stop.at(job.stop.sampling_deadline if done else None)
     steps, first = manifest["thin"], job.placement.first
+    checks, note = None, ""
     with (
         _timed(job, "sampling"),
         progress.stage(job.console, "Sampling", total * steps, "steps", done * steps) as update,
     ):
         limit = job.config.run.block_draws or None
-        if done < total and not late:
+        stopped = dict(manifest.get("stopped_chains") or {})
+        some_go_on = len(stopped) < manifest["chains"]
+        checks = _begin_checks(job, done) if some_go_on else None
+        if done < total and not late and some_go_on and not (checks and checks.met):
             for block in run_blocks(
                 sampler.program,
                 "sampling",
@@ -606,9 +645,19 @@ def draw(job: Job) -> bool:
                 first=done,
                 max_count=limit,
                 least=job.group.least,
+                block_end=checks.next if checks else None,
+                watch=_watch(job, stopped),
             ):
                 done = block.start + block.count
                 assert block.draws is not None
+                assert block.stopped is not None
+                stopped = _all_stopped(job, block.stopped)
+                changes: dict[str, Any] = {"stopped_chains": stopped}
+                if checks:
+                    checks.add(block.draws)
+                    if checks.due or done == total:
+                        checks.check()
+                    changes["checks"] = checks.history
                 leaves = dict(
                     zip(job.layout.names, trees.split_flat(block.draws, job.layout), strict=True)
                 )
@@ -622,15 +671,107 @@ def draw(job: Job) -> bool:
                     job,
                     blocks=[*job.manifest["blocks"], record],
                     checkpoint=job.store.checkpoint("sampling", done, tree),
+                    **changes,
                 )
-                update(done * steps, _note(block.stats))
+                note = _note(
+                    block.stats,
+                    health.say_now(
+                        block.stats,
+                        steps,
+                        wanted=sampler.program.kernel.wanted,
+                        stopped=len(stopped),
+                    ),
+                )
+                if checks:
+                    note = f"{say_progress(checks.target, checks.history)}, {note}"
+                update(done * steps, note)
+                if len(stopped) == job.manifest["chains"]:
+                    break
+                if checks and checks.met:
+                    break
                 if job.stop.at(job.stop.sampling_deadline):
                     break
                 del block, leaves  # as large as what the next block takes
-        if job.stop.interrupted and done < total:
+        met = checks is not None and checks.met
+        if len(stopped) == job.manifest["chains"]:
+            _give_up(job)
+        if job.stop.interrupted and done < total and not met:
             return False
-    job.store.commit(stage="results", stopped="time budget" if done < total else None)
+        if met and done < total:
+            update(done * steps, note, finished=True)
+    job.store.commit(stage="results", stopped="time budget" if done < total and not met else None)
+    if checks and job.group.lead:
+        said = say_outcome(job.manifest)
+        job.console.print(f"Sampling: {said}", highlight=False, markup=False, soft_wrap=True)
     return True
+
+
+def _watch(job: Job, stopped: dict[str, int]) -> health.Watch:
+    """Return what was seen of this process's chains so far, from the last draws' statistics."""
+    first, chains = job.placement.first, job.placement.chains
+    own = {int(c) - first: draw for c, draw in stopped.items() if 0 <= int(c) - first < chains}
+    watch = health.nothing_seen(chains, own)
+    blocks, kept = job.manifest["blocks"], 0
+    for number in range(len(blocks) - 1, -1, -1):
+        kept += blocks[number]["count"]
+        if kept > health.STOP_AFTER:
+            blocks = blocks[number:]
+            break
+    path, names = job.store.folder / "stats", job.manifest["statistics"]
+    for block, stats in zip(blocks, store.read_blocks(path, names, blocks), strict=True):
+        watch = health.look(watch, _own(job, stats), block["start"], job.manifest["thin"])
+    return watch
+
+
+def _all_stopped(job: Job, stopped: np.ndarray) -> dict[str, int]:
+    """Return chain -> after how many draws it was stopped, of all processes."""
+    own = health.stopped_chains(stopped, job.placement.first)
+    parts = job.group.share({str(chain): draw for chain, draw in own.items()})
+    return {chain: draw for part in parts for chain, draw in part.items()}
+
+
+def _give_up(job: Job) -> None:
+    """End a run without a chain that goes on; what it has computed stays."""
+    job.store.commit(stopped="every chain was stopped")
+    job.store.follow()
+    folder, manifest = job.store.folder, job.manifest
+    names, blocks = manifest["statistics"], manifest["blocks"]
+    found = list(store.read_blocks(folder / "stats", names, blocks))
+    stats = {name: np.concatenate([part[name] for part in found], axis=1) for name in names}
+    chains = {int(c): draw for c, draw in job.manifest["stopped_chains"].items()}
+    raise InputError(
+        f"{health.say_all_stopped(stats, chains, manifest['thin'])}. What was drawn is kept in "
+        f"{folder}; look at it with: bnnmcmc diagnose {folder}"
+    )
+
+
+def _begin_checks(job: Job, done: int) -> Checks | None:
+    """Return the checks of the run's target with the draws so far, or None without a target."""
+    target, history = target_of(job.manifest)
+    if not target.wanted:
+        return None
+    if done < job.manifest["draws"]:
+        # One made where an earlier cap was is not one of an undisturbed run.
+        history = [c for c in history if next_check(target.every, c["draw"] - 1) == c["draw"]]
+    dataset = job.dataset
+    inputs = dataset.validation if len(dataset.validation) else dataset.train
+    checks = watch(
+        target,
+        job.posterior,
+        job.layout,
+        job.config.ensemble.members,
+        dataset.x[inputs],
+        (dataset.x[dataset.validation], dataset.y[dataset.validation]) if target.lppd else None,
+        share=job.group.share,
+        history=history,
+    )
+    if done and not checks.met:
+        for block in stored_draws(job.store.folder, job.manifest, job.layout).blocks():
+            checks.add(_own(job, block))
+        if checks.due or (done >= job.manifest["draws"] and not checks.checked):
+            checks.check()
+            job.store.commit(checks=checks.history)
+    return checks
 
 
 # -------------------------------------------------------------------------------------- parts
@@ -706,6 +847,7 @@ def _sampler(job: Job, data) -> Ahead:
             draws=steps[1],
             thin=steps[2],
             sampled=trees.chosen_leaves(job.config.sampler.leaves, job.layout),
+            begun_with=job.config.sampler.draws,
         )
         needed = ("draw",) if job.manifest["stage"] == "sampling" else FUNCTIONS
         job.samplers[steps] = Ahead(program, data, needed)
@@ -716,7 +858,8 @@ def _begin_warmup(job: Job, sampler: Ahead, data) -> tuple[Any, int, dict[str, n
     """Return where the warm-up stands: carry, records done, their statistics."""
     entry = job.manifest["checkpoint"]
     if entry is None:
-        members, _ = read_members(job.store.folder, job.manifest, job.layout)
+        members, _ = read_members(job.store.folder, job.manifest, job.posterior)
+        members = chain_starts(job.posterior, members)
         # The very arrays that the start was checked on: the check is compiled already.
         rows = job.posterior.arrays(*build.sampling_rows(job.config, job.dataset))
         check_finite(job.posterior, members, *rows)
@@ -766,14 +909,20 @@ def _plan(job: Job, step_seconds: float, sampler: Ahead, steps_done: int) -> dic
     return {**fewer, "notes": [*job.manifest["notes"], note]}
 
 
-def _note(stats: dict[str, np.ndarray]) -> str:
-    """Say in a few words how the chains do."""
-    parts = [f"log-density {np.median(stats['log_density'][:, -1]):.4g}"]
+def _note(stats: dict[str, np.ndarray], trouble: str = "") -> str:
+    """Say in a few words how the chains do that go on."""
+    going = ~np.isnan(stats["log_density"][:, -1])
+    if going.any():
+        stats = {name: values[going] for name, values in stats.items()}
+    parts = [trouble] if trouble else []
+    parts.append(f"log-density {np.median(stats['log_density'][:, -1]):.4g}")
     if "acceptance_rate" in stats:
         parts.append(f"acceptance {np.mean(stats['acceptance_rate']):.2f}")
+    if "energy_error_squared" in stats:
+        parts.append(f"EEVPD {np.mean(stats['energy_error_squared']):.2g}")
     if "step_size" in stats:
         parts.append(f"step size {np.median(stats['step_size'][:, -1]):.2g}")
-    if stats["diverging"].sum():
+    if "diverging" in stats and stats["diverging"].sum():
         parts.append(f"{stats['diverging'].sum()} divergent steps")
     return ", ".join(parts)
 

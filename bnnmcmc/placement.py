@@ -129,7 +129,7 @@ def use_gpus(indices: list[int]) -> None:
 
 
 def use_precision(precision: Literal["float32", "float64"]) -> None:
-    """Compute in this precision from now on."""
+    """Compute in this precision from now on. To be called before anything else is made."""
     jax.config.update("jax_enable_x64", precision == "float64")
 
 
@@ -207,10 +207,16 @@ def over_chains(function: Callable[..., Any], placement: Placement, donate: bool
         if placement.mode == "vmap":
             return side_by_side(chain_values)
         groups = jax.tree.map(
-            lambda leaf: leaf.reshape(-1, placement.batch, *leaf.shape[1:]), chain_values
+            # Sizes in full: of an empty array, a -1 would be anything.
+            lambda leaf: leaf.reshape(
+                len(leaf) // placement.batch, placement.batch, *leaf.shape[1:]
+            ),
+            chain_values,
         )
         result = jax.lax.map(side_by_side, groups)
-        return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), result)
+        return jax.tree.map(
+            lambda leaf: leaf.reshape(leaf.shape[0] * leaf.shape[1], *leaf.shape[2:]), result
+        )
 
     def sharded(chain_values, *shared):
         result = jax.shard_map(

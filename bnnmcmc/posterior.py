@@ -25,6 +25,11 @@ class Posterior:
     A position is ``{"network": params, "likelihood": params}``; the second part is empty for a
     likelihood without parameters of its own. Data are arguments, never part of the object.
 
+    A prior with parameters of its own (`priors.hierarchical`) adds a third part, "prior", and
+    "network" is then the raw parameters, which it scales. A position without that part holds the
+    network's parameters as they are: so do the members of an ensemble, and `start` takes them to
+    where their chains begin.
+
     Parameters
     ----------
     network : Network
@@ -69,19 +74,42 @@ class Posterior:
         return x, y
 
     def init(self, key: jax.Array) -> Any:
-        """Return a start position: the network's own initialisation."""
-        return {"likelihood": self.likelihood.init(), "network": self.network.init(key)}
+        """Return a member's first position: the network's initialisation, in JAX's precision."""
+
+        def in_precision(leaf):
+            # What is no floating-point number stays as it is, for `check_outputs` to refuse.
+            floating = jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
+            return jnp.asarray(leaf, jnp.result_type(float)) if floating else leaf
+
+        position = {"likelihood": self.likelihood.init(), "network": self.network.init(key)}
+        return jax.tree.map(in_precision, position)
+
+    def start(self, member: Any) -> Any:
+        """Return the position at which a chain begins that shall begin at a member's parameters.
+
+        Both are the same function of x. Only a prior with parameters of its own makes a difference.
+        """
+        if self.prior.hierarchy is None or "prior" in member:
+            return member
+        raw, own = self.prior.hierarchy.start(member["network"])
+        return {**member, "network": raw, "prior": own}
+
+    def network_params(self, position: Any) -> Any:
+        """Return the parameters that the network computes with."""
+        if self.prior.hierarchy is None or "prior" not in position:
+            return position["network"]
+        return self.prior.hierarchy.network(position["network"], position["prior"])
 
     def distribution(self, position: Any, x: jax.Array):
         """Return the predictive distribution of one position for rows ``x`` (rows, features)."""
-        outputs = self.network.apply(position["network"], x)
+        outputs = self.network.apply(self.network_params(position), x)
         return self.likelihood.distribution(position["likelihood"], outputs)
 
     def log_prior(self, position: Any) -> jax.Array:
-        """Return the log prior density (scalar) of a position."""
-        return self.prior.log_density(position["network"]) + self.likelihood.log_prior(
-            position["likelihood"]
-        )
+        """Return the log prior density (scalar) of a chain's position (see `start`)."""
+        own = () if self.prior.hierarchy is None else (position["prior"],)
+        of_network = self.prior.log_density(position["network"], *own)
+        return of_network + self.likelihood.log_prior(position["likelihood"])
 
     def pointwise_log_likelihood(self, position: Any, x: jax.Array, y: jax.Array) -> jax.Array:
         """Return the log-likelihood of every row, ``(rows,)``."""
@@ -154,6 +182,18 @@ def sum_over_rows(of_rows: Callable[..., jax.Array], chunk: int) -> Callable[...
     return total
 
 
+def position_shapes(posterior: Posterior) -> Any:
+    """Return the shapes and types of a chain's position, without computing one."""
+    return jax.eval_shape(lambda key: posterior.start(posterior.init(key)), jax.random.key(0))
+
+
+def chain_starts(posterior: Posterior, members: Any) -> Any:
+    """Return where the chains of members (member, *leaf) begin (see `Posterior.start`)."""
+    if posterior.prior.hierarchy is None or "prior" in members:
+        return members
+    return jax.jit(jax.vmap(posterior.start))(members)
+
+
 def activation_bytes(posterior: Posterior, x, y) -> int:
     """Return what a gradient of the log-likelihood keeps from its forward pass, in bytes.
 
@@ -173,7 +213,7 @@ def activation_bytes(posterior: Posterior, x, y) -> int:
 
         return jax.vjp(value, position)[1]
 
-    position = jax.eval_shape(posterior.init, jax.random.key(0))
+    position = position_shapes(posterior)
 
     def kept(rows: int) -> list[Any]:
         some = [jax.ShapeDtypeStruct((rows, *a.shape[1:]), a.dtype) for a in (x, y)]
@@ -202,7 +242,7 @@ def check_outputs(posterior: Posterior, x, y) -> None:
     InputError
         ``x`` is no table, a parameter is not of floating point, the network cannot be applied or
         its outputs do not have the shape the likelihood needs, ``y`` is not one target per row,
-        or the log-density is not one value per row.
+        the log-density is not one value per row, or the prior's is no scalar with a gradient.
     """
     if jnp.ndim(x) != 2:
         raise InputError(f"x: found shape {jnp.shape(x)}, expected (rows, features)")
@@ -212,6 +252,7 @@ def check_outputs(posterior: Posterior, x, y) -> None:
             raise InputError(
                 f"the parameter {name} has type {leaf.dtype}, expected floating-point numbers"
             )
+    check_prior(posterior)
     rows = x.shape[0]
     try:
         outputs = jax.eval_shape(posterior.network.apply, position["network"], x)
@@ -241,6 +282,40 @@ def check_outputs(posterior: Posterior, x, y) -> None:
             f"the likelihood gives log-densities of shape {tuple(density.shape)} for targets of "
             f"shape {tuple(y.shape)}, expected one per row, ({rows},)"
         )
+
+
+def check_prior(posterior: Posterior) -> None:
+    """Check, without computing anything, that the prior's log-density is a scalar with a gradient.
+
+    Raises
+    ------
+    InputError
+        It fails, is not one floating-point number, or has no gradient.
+    """
+
+    def shapes(what: str, function: Callable[..., Any]):
+        try:
+            return jax.eval_shape(function, position_shapes(posterior))
+        except InputError:
+            raise
+        except Exception as error:  # the user's code may raise anything
+            raise InputError(
+                f"prior.log_density: {what} failed: {type(error).__name__}: {error}"
+            ) from error
+
+    def of_prior(position):
+        own = () if posterior.prior.hierarchy is None else (position["prior"],)
+        return posterior.prior.log_density(position["network"], *own)
+
+    found = shapes("the function", of_prior)
+    shape, dtype = getattr(found, "shape", None), getattr(found, "dtype", jnp.bool_)
+    if shape != () or not jnp.issubdtype(dtype, jnp.floating):
+        what = type(found).__name__ if shape is None else f"shape {shape} and type {dtype}"
+        raise InputError(
+            f"prior.log_density: the function returned {what} for the parameters of one network, "
+            "expected one floating-point number, such as the sum of a density's logarithms"
+        )
+    shapes("its gradient", jax.grad(of_prior))
 
 
 def _target_shape(posterior: Posterior, position: Any, x) -> tuple[int, ...]:

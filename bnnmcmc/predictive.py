@@ -77,20 +77,21 @@ class Pooled:
     probabilities: np.ndarray | None
 
 
-def _batches(draws: Draws) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield (draw number, flat position) batches of BATCH draws (the last may be shorter).
+def _batches(draws: Draws, size: int | None = None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield (draw number, flat position) batches of ``size`` or BATCH draws (or fewer at last).
 
     A draw's number is ``draw * chains + chain``, and draws come in that order, however they are
     stored: sums over batches are then the same to the last bit, too.
     """
+    size = size or BATCH
     held = np.empty((0, draws.layout.size))
     first = seen = 0
     for piece in _pieces(draws):
         seen += len(piece)
         held = np.concatenate([held, piece]) if len(held) else piece
-        while len(held) >= BATCH:
-            yield first + np.arange(BATCH), held[:BATCH]
-            first, held = first + BATCH, held[BATCH:]
+        while len(held) >= size:
+            yield first + np.arange(size), held[:size]
+            first, held = first + size, held[size:]
     if len(held):
         yield first + np.arange(len(held)), held
     if seen != draws.chains * draws.draws:
@@ -201,7 +202,7 @@ def _evaluator(posterior, of: trees.Layout, per_draw: int, scored: bool, batch: 
     def one(draw, key, rows, x, y):
         number, flat = draw
         position = unravel(flat)
-        outputs = posterior.network.apply(position["network"], x)
+        outputs = posterior.network.apply(posterior.network_params(position), x)
         distribution = likelihood.distribution(position["likelihood"], outputs)
         draw_key = jax.random.fold_in(key, number)
 
@@ -319,7 +320,9 @@ def _join(parts: list[Pooled]) -> Pooled:
     )
 
 
-def per_draw(posterior, draws: Draws, x, y=None, *, seed: int = 0) -> dict[str, np.ndarray]:
+def per_draw(
+    posterior, draws: Draws, x, y=None, *, seed: int = 0, batch: int | None = None
+) -> dict[str, np.ndarray]:
     """Evaluate every single draw on a few rows, for diagnostics and ArviZ.
 
     Parameters
@@ -331,6 +334,9 @@ def per_draw(posterior, draws: Draws, x, y=None, *, seed: int = 0) -> dict[str, 
     y : array, optional
     seed : int
         For the predictive samples.
+    batch : int, optional
+        Draws in a compiled call, at most BATCH; calls with different numbers of draws can then
+        share one compilation. As many as there are draws, up to BATCH, if not given.
 
     Returns
     -------
@@ -344,11 +350,12 @@ def per_draw(posterior, draws: Draws, x, y=None, *, seed: int = 0) -> dict[str, 
         As `pool`.
     """
     _check_rows(posterior, x, y)
-    evaluator = _evaluator(posterior, draws.layout, 1, y is not None, _batch_size(draws))
+    batch = batch or _batch_size(draws)
+    evaluator = _evaluator(posterior, draws.layout, 1, y is not None, batch)
     shared = _shared(posterior, evaluator.placement, np.arange(len(x)), x, y)
     key = stage_key(seed, "prediction")
     result: dict[str, np.ndarray] = {}
-    for numbers, flat in _batches(draws):
+    for numbers, flat in _batches(draws, batch):
         draw, chain = np.divmod(numbers, draws.chains)
         for name, value in evaluator.evaluate(numbers, flat, key, *shared).items():
             if name == "samples":

@@ -4,6 +4,7 @@ What cannot work is refused here, before any long work.
 """
 
 import importlib.metadata
+import math
 import platform
 import shutil
 import time
@@ -20,7 +21,7 @@ from rich.markup import escape
 
 from bnnmcmc import build, trees
 from bnnmcmc.calibration import gradient_walk
-from bnnmcmc.config import Config
+from bnnmcmc.config import Config, HMCConfig, MAMSConfig, MinibatchSection, NUTSConfig
 from bnnmcmc.data import Dataset
 from bnnmcmc.ensemble import build_training, run_epochs, start_members
 from bnnmcmc.errors import InputError
@@ -31,7 +32,10 @@ from bnnmcmc.posterior import Posterior, check_finite
 from bnnmcmc.processes import Group
 from bnnmcmc.progress import duration
 from bnnmcmc.run import position_layout
+from bnnmcmc.samplers.kernel import MinibatchKernel
+from bnnmcmc.samplers.network import walk_steps
 from bnnmcmc.sampling import check_rows
+from bnnmcmc.targets import Target, check_target
 
 # Packages that decide what a draw's bits are, and others worth knowing.
 PINNED = ("bnnmcmc", "jax", "jaxlib", "blackjax", "numpyro", "optax")
@@ -68,12 +72,15 @@ def check_model(
         A part cannot be built, shapes do not fit, disk or memory do not suffice, or the density is
         not finite at the start.
     """
+    target = Target(**config.stop.model_dump())
+    check_target(target, rows=config.sampler.rows, validation=len(dataset.validation))
     posterior = build.make_posterior(config, dataset.encoding)
     if folder is not None:
         check_disk(folder, position_layout(posterior), config.ensemble.members, draws)
+    build.sampled_size(config, position_layout(posterior))
+    build.check_own_kernel(config, position_layout(posterior))
     check_rows(build.make_kernel(config), build.sampling_rows(config, dataset))
     build.make_ensemble_optimiser(config)
-    build.sampled_size(config, position_layout(posterior))
     placement = build.make_placement(config, posterior, dataset, group)
     posterior = replace(posterior, row_chunk=placement.row_chunk)
     check_memory(need(config, dataset, posterior, placement), placement)
@@ -86,8 +93,8 @@ def check_model(
 
 
 def _starts(posterior: Posterior, key: jax.Array) -> Callable[[jax.Array], Any]:
-    """Return the function from the numbers of members to their first positions."""
-    each = jax.vmap(lambda i: posterior.init(jax.random.fold_in(key, i)))
+    """Return the function from the numbers of members to where untrained ones' chains begin."""
+    each = jax.vmap(lambda i: posterior.start(posterior.init(jax.random.fold_in(key, i))))
     return jax.jit(each, compiler_options=QUICK)
 
 
@@ -178,7 +185,8 @@ class Estimate(NamedTuple):
     gradient_seconds : float
         One gradient of the log-density of every chain.
     sampling_seconds : tuple of float
-        Shortest and longest time of warm-up and sampling to expect.
+        Shortest and longest time of warm-up and sampling to expect; infinity where a kernel of the
+        user's own does not say.
     """
 
     parameters: int
@@ -210,28 +218,8 @@ def estimate(
     of = position_layout(posterior)
     epoch = _epoch_seconds(config, dataset, posterior, placement)
     gradient = _gradient_seconds(config, dataset, posterior, placement, of)
-    sampler = config.sampler
-    steps = sampler.warmup + sampler.draws * sampler.thin
-    gradients: tuple[float, float]
-    match sampler.kernel:
-        case "mclmc":
-            per_step = build.make_kernel(config).gradients_per_step or 1
-            gradients = (steps * per_step,) * 2
-        case "hmc":
-            gradients = (steps * sampler.num_leapfrog,) * 2
-        case "mams":
-            # The unadjusted part of the warm-up takes one or two gradients a step.
-            longest = sampler.max_steps * (1 if sampler.integrator == "leapfrog" else 2)
-            gradients = (steps, steps * longest)
-        case "nuts":
-            depths = [min(depth, sampler.max_depth) for depth in NUTS_DEPTHS]
-            gradients = (steps * (2 ** depths[0] - 1), steps * (2 ** depths[1] - 1))
-        case "sgld" | "sghmc" | "smile":
-            # In gradients over all rows.
-            batch = sampler.batch_size / len(build.sampling_rows(config, dataset)[0])
-            batches = steps + (sampler.warmup if sampler.kernel == "smile" else 0)
-            anchored = steps * (batch + 1 / sampler.anchor) if sampler.anchor else 0.0
-            gradients = (batches * batch + anchored,) * 2
+    rows = len(build.sampling_rows(config, dataset)[0])
+    sampler, (least, most) = config.sampler, gradient_counts(config, rows)
     return Estimate(
         of.size,
         build.sampled_size(config, of),
@@ -240,8 +228,45 @@ def estimate(
         epoch,
         config.ensemble.max_epochs,
         gradient,
-        (gradients[0] * gradient, gradients[1] * gradient),
+        (least * gradient, most * gradient),
     )
+
+
+def gradient_counts(config: Config, rows: int = 1) -> tuple[float, float]:
+    """Return how many gradients a chain takes in warm-up and sampling: the least and the most.
+
+    Those of a batch count as its share of the ``rows`` sampled on. The most is infinite where a
+    kernel of the user's own does not say.
+    """
+    sampler = config.sampler
+    steps = sampler.warmup + sampler.draws * sampler.thin
+    match sampler:
+        case HMCConfig():
+            return (steps * sampler.num_leapfrog,) * 2
+        case MAMSConfig():
+            # The unadjusted part of the warm-up takes one or two gradients a step.
+            longest = sampler.max_steps * (1 if sampler.integrator == "leapfrog" else 2)
+            return steps, steps * longest
+        case NUTSConfig():
+            depths = [min(depth, sampler.max_depth) for depth in NUTS_DEPTHS]
+            walk = walk_steps(sampler.warmup) if sampler.adaptation == "network" else 0
+            least, most = [walk + (steps - walk) * (2**depth - 1) for depth in depths]
+            return least, most
+        case MinibatchSection():
+            # With an anchor: what the batch shows there too, and every so often all rows.
+            seen = 2 if sampler.anchor else 1
+            # The energy error of a warm-up step of SMILE takes two gradients on one batch.
+            batches = steps * seen + (sampler.warmup if sampler.kernel == "smile" else 0)
+            anchors = -(-sampler.warmup // sampler.anchor) if sampler.anchor else 0
+            anchors += -(-(steps - sampler.warmup) // sampler.anchor) if sampler.anchor else 0
+            return (batches * sampler.batch_size / rows + anchors,) * 2
+        case _:
+            # A step without a gradient takes a density at least, which is not much cheaper.
+            kernel = build.make_kernel(config)
+            per_step = kernel.gradients_per_step
+            share = kernel.batch_size / rows if isinstance(kernel, MinibatchKernel) else 1
+            least = steps * share * max(per_step or 1, 1)
+            return least, math.inf if per_step is None else least
 
 
 def _epoch_seconds(config, dataset: Dataset, posterior, placement: Placement) -> float:
@@ -297,10 +322,15 @@ def print_estimate(
     """Print what `bnnmcmc check` found."""
     parts = [len(rows) for rows in (dataset.train, dataset.validation, dataset.test)]
     sampler, (low, high) = config.sampler, cost.sampling_seconds
-    time_needed = duration(low) if low == high else f"{duration(low)} to {duration(high)}"
+    if math.isinf(high):
+        time_needed = f"at least {duration(low)}"
+    else:
+        upper = "" if low == high else f" to {duration(high)}"
+        time_needed = f"about {duration(low)}{upper}"
     steps = sampler.warmup + sampler.draws * sampler.thin
     encoding = dataset.encoding
     classes = f", {len(encoding.classes)} classes" if encoding.classes else ""
+    most = " at most" if Target(**config.stop.model_dump()).wanted else ""
     part = f", {cost.sampled} of them sampled" if cost.sampled < cost.parameters else ""
     lines = {
         "data": f"{dataset.name}: {len(dataset.x)} rows, {dataset.x.shape[1]} features, "
@@ -313,7 +343,7 @@ def print_estimate(
         "disk": f"{cost.disk / 1e6:.1f} MB of draws",
         "training": f"{duration(cost.epoch_seconds * cost.max_epochs)} at most "
         f"({cost.max_epochs} epochs of {1e3 * cost.epoch_seconds:.2g} ms; members stop early)",
-        "sampling": f"about {time_needed} ({steps} {sampler.kernel} steps per chain, "
+        "sampling": f"{time_needed}{most} ({steps} {sampler.kernel} steps per chain, "
         f"{1e3 * cost.gradient_seconds:.2g} ms per gradient of all chains)",
     }
     for name, text in lines.items():

@@ -27,12 +27,26 @@ class Schedule(NamedTuple):
         return -(-self.total // self.thin)
 
 
-def record_steps(step, carry, first, count, schedule: Schedule, capacity: int, keep=None):
+def record_steps(
+    step,
+    carry,
+    first,
+    count,
+    schedule: Schedule,
+    capacity: int,
+    keep=None,
+    active=True,
+    together: bool = False,
+):
     """Run records ``first .. first + count - 1`` of one chain into buffers of ``capacity``.
 
     ``first`` and ``count`` are traced: one compiled loop serves every block. Returns the carry
-    and ``(kept positions or None, statistics)``.
+    and ``(kept positions or None, statistics)``. A chain that is not ``active`` makes no step, and
+    its records mean nothing; where chains advance ``together``, it steps along until none is.
     """
+    if together:
+        # One condition for all of them: else each step would be a choice between old and new.
+        active = jax.lax.pmax(jnp.asarray(active, jnp.int32), TOGETHER) > 0
     zero = _no_sums(jax.eval_shape(lambda c: step(jnp.zeros((), jnp.int32), c)[1], carry))
     buffers = {n: jnp.zeros((capacity, *z.shape), z.dtype) for n, z in zero.items()}
     kept = None
@@ -44,6 +58,7 @@ def record_steps(step, carry, first, count, schedule: Schedule, capacity: int, k
         carry, kept, buffers = loop
         low = (first + i) * schedule.thin
         high = jnp.minimum(low + schedule.thin, schedule.total)
+        high = jnp.where(active, high, low)
 
         def one_step(t, inner):
             carry, sums = inner
@@ -93,6 +108,22 @@ class Flight(NamedTuple):
     scratch: Any
 
 
+class Going(NamedTuple):
+    """What a chain on its way has that a checkpoint does without.
+
+    Parameters
+    ----------
+    active : bool
+        False for a chain that was stopped: nobody waits for it, and it makes no gradients (or,
+        side by side with others, gradients that count for nothing).
+    flight : Flight or None
+        For chains that run ahead.
+    """
+
+    active: jax.Array
+    flight: Flight | None
+
+
 def no_progress(parts: Trajectories, state, params, capacity: int, keep: bool) -> Progress:
     """Return the progress of a chain before the first step of a stage."""
     info = jax.eval_shape(lambda: parts.end(_some_trajectory(parts, state, params), params)[1])
@@ -116,6 +147,7 @@ def run_ahead(
     parts: Trajectories,
     key: jax.Array,
     carry: tuple[Any, Any, Progress, Flight],
+    active,
     first,
     count,
     schedule: Schedule,
@@ -138,6 +170,8 @@ def run_ahead(
         The chain's.
     carry : tuple
         State, parameters (in a warm-up: adaptation), `Progress`, `Flight`.
+    active : bool
+        Whether the chain goes on at all (`Going`).
     first, count : int32
         Traced.
     schedule : Schedule
@@ -161,12 +195,13 @@ def run_ahead(
         return jnp.where(progress.steps == total, schedule.records, progress.steps // thin)
 
     def behind(loop):
-        return jax.lax.pmin(completed(loop[0][2]), TOGETHER) < first + count
+        done = jnp.where(active, completed(loop[0][2]), first + count)
+        return jax.lax.pmin(done, TOGETHER) < first + count
 
     def tick(loop):
         (state, params, progress, flight), ticks = loop
         t, used = progress.steps, in_use(params)
-        begins = ~flight.busy & (t < total)
+        begins = ~flight.busy & (t < total) & active
 
         def randomise():
             return parts.randomise(jax.random.fold_in(key, t), state.position)
@@ -199,6 +234,8 @@ def run_ahead(
         progress = Progress(steps, sums, kept, stats)
         return (state, params, progress, Flight(busy & ~ends, trajectory, scratch)), ticks + 1
 
+    flight = carry[3]
+    carry = (*carry[:3], flight._replace(busy=flight.busy & active))
     carry, ticks = jax.lax.while_loop(behind, tick, (carry, jnp.zeros((), jnp.int32)))
     rows = (first + jnp.arange(capacity)) % capacity
     _, _, progress, _ = carry

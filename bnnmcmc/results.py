@@ -37,7 +37,7 @@ def write_results(run: Run, run_store: store.Store, kind: str) -> None:
     write_diagnostics(run, run_store, *diagnose(run))
     if len(dataset.test):
         _write_scores(run, folder)
-    if kind != "none":
+    if kind != "none" and len(run.stopped) < run.draws.chains:
         every = None if kind == "auto" else 1
         chosen = "zarr" if kind == "zarr" else "netcdf"
         path = folder / ("arviz.zarr" if chosen == "zarr" else "arviz.nc")
@@ -95,6 +95,7 @@ def diagnose(run: Run) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         functions=functions,
         stats=stats,
         statuses=list(run.status),
+        stopped=run.stopped,
     )
     return table, diagnostics.run_summary(functions, stats["log_density"], table)
 

@@ -1,8 +1,10 @@
 """A run: the draws of a posterior with all that is needed to use them."""
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import jax
@@ -25,15 +27,25 @@ from bnnmcmc.data import (
     target_to_units,
 )
 from bnnmcmc.errors import InputError
-from bnnmcmc.posterior import Posterior, activation_bytes
+from bnnmcmc.posterior import Posterior, activation_bytes, chain_starts, position_shapes
 from bnnmcmc.prediction import Prediction, in_target_units
-from bnnmcmc.predictive import Draws, Pooled, draws_in_memory, per_draw, pool, thinned
+from bnnmcmc.predictive import BATCH, Draws, Pooled, draws_in_memory, per_draw, pool, thinned
 from bnnmcmc.samplers.kernel import RowDensity
+from bnnmcmc.samplers.table import kernel_named
 from bnnmcmc.sampling import sample_density
+from bnnmcmc.targets import (
+    MAX_SCORED_ROWS,
+    Checks,
+    Target,
+    check_target,
+    few_rows,
+    target_of,
+)
 
 # The ArviZ tree is thinned to about this size: its log-likelihoods grow with rows x draws.
 ARVIZ_BYTES = 64 * 2**20
 MAX_FUNCTION_ROWS = 50
+NO_TARGET = Target()
 # Stored draws are handed on in pieces of about this size, however large the stored blocks are.
 PIECE_BYTES = 8 * 2**20
 
@@ -52,7 +64,8 @@ class Run:
     x, y : arrays
         The rows that the posterior conditions on, as the network sees them.
     status : tuple of ChainStatus
-        One per chain, with a sentence. Chains that are "nonfinite" do not enter the pool.
+        One per chain, with a sentence. Chains that are "nonfinite" or "stopped" do not enter the
+        pool.
     seed : int
         Of the run; also of the predictive samples.
     dataset : Dataset, optional
@@ -66,6 +79,13 @@ class Run:
         What the best member is chosen by.
     folder : Path, optional
         The run folder.
+    target : Target
+        What was sampled until, besides a number of draws (see `bnnmcmc.targets`).
+    checks : tuple of dict
+        How near that was, check by check: "draw", "ess", "lppd", ...
+    stopped : mapping
+        Chain -> after how many draws it was stopped, because it failed repeatedly
+        (`health.look`). What comes after that is NaN (0 in statistics of whole numbers).
 
     Examples
     --------
@@ -85,6 +105,9 @@ class Run:
     members: Any = None
     validation_loss: np.ndarray | None = None
     folder: Path | None = None
+    target: Target = NO_TARGET
+    checks: tuple[dict[str, Any], ...] = ()
+    stopped: Mapping[int, int] = MappingProxyType({})
 
     @property
     def encoding(self) -> Encoding | None:
@@ -93,15 +116,17 @@ class Run:
 
     @property
     def pooled_chains(self) -> list[int]:
-        """The chains that enter the pool: all but the non-finite ones."""
-        return [i for i, chain in enumerate(self.status) if chain.status != "nonfinite"]
+        """The chains that enter the pool: all but those not finite, or stopped."""
+        return [i for i, chain in enumerate(self.status) if chain.status not in health.LEFT_OUT]
 
     @property
     def pooled_draws(self) -> Draws:
         """The draws of the chains that enter the pool."""
         chains = self.pooled_chains
         if not chains:
-            raise InputError("every chain is non-finite: there is nothing to predict with")
+            raise InputError(
+                "every chain is non-finite or was stopped: there is nothing to predict with"
+            )
         if len(chains) == self.draws.chains:
             return self.draws
         return self.draws._replace(
@@ -137,23 +162,29 @@ class Run:
             )
         posterior = make_posterior(config, dataset.encoding)
         of = position_layout(posterior)
-        members, losses = read_members(folder, manifest, of)
+        members, losses = read_members(folder, manifest, posterior)
         x, y = sampling_rows(config, dataset)
         draws = stored_draws(folder, manifest, of)
         stats = stored_stats(folder, manifest)
+        target, checks = target_of(manifest)
+        # As the run was begun: a kernel of the user's own need not be there to look at its draws.
+        wanted, stopped = manifest.get("wanted", {}), stopped_of(manifest)
         return Run(
             posterior,
             draws,
             stats,
             x,
             y,
-            tuple(chain_status(draws, stats, manifest["thin"])),
+            tuple(chain_status(draws, stats, manifest["thin"], wanted, stopped)),
             manifest["seed"],
             dataset,
             store.read_arrays(folder / "warmup.npz"),
             members,
             losses,
             folder,
+            target,
+            tuple(checks),
+            stopped,
         )
 
     def __repr__(self) -> str:
@@ -254,8 +285,31 @@ class Run:
         values = found["mean"] if "mean" in found else found["probabilities"][..., 1:]
         return values.reshape(*values.shape[:2], -1)
 
+    def input_scales(self) -> dict[str, np.ndarray]:
+        """Return the scales of the inputs' weights under a horseshoe prior, of all chains.
+
+        Returns
+        -------
+        dict
+            Feature -> numpy array (chain, draw). An input with a scale near zero does nothing.
+
+        Raises
+        ------
+        InputError
+            The prior has no such scales.
+        """
+        hierarchy = self.posterior.prior.hierarchy
+        if hierarchy is None or hierarchy.input_scales is None:
+            raise InputError('input_scales: the prior has none; use [prior] inputs = "horseshoe"')
+        of = jax.vmap(jax.vmap(hierarchy.input_scales))
+        found = np.asarray(of(self.load_draws()["prior"]))
+        names = [f"x{i}" for i in range(1, found.shape[-1] + 1)]
+        if self.encoding is not None and len(self.encoding.feature_names) == len(names):
+            names = list(self.encoding.feature_names)
+        return {name: found[..., i] for i, name in enumerate(names)}
+
     def to_arviz(self, every: int | None = None):
-        """Return an ArviZ DataTree of all chains.
+        """Return an ArviZ DataTree of all chains but those that were stopped.
 
         Parameters
         ----------
@@ -269,13 +323,21 @@ class Run:
         xarray.DataTree
             Groups posterior, sample_stats, log_likelihood and posterior_predictive (at the rows
             sampled on), observed_data. Numeric targets are in their own units;
-            log-likelihoods are densities on the standardised scale.
+            log-likelihoods are densities on the standardised scale. The tree is rectangular, so
+            that a chain that was stopped cannot be in it; the attribute ``stopped_chains`` says
+            after how many draws which ones were.
+
+        Raises
+        ------
+        InputError
+            Every chain was stopped, or ``every`` is below 1.
         """
         from bnnmcmc import diagnostics
 
         per_row = 2 if self.y.ndim == 1 else 1 + self.y.shape[1]
         values = self.draws.layout.size + len(self.stats) + per_row * len(self.x)
-        draw_bytes, one_in, records = 4 * self.draws.chains * values, 1, 1
+        item = jnp.result_type(float).itemsize
+        draw_bytes, one_in, records = item * self.draws.chains * values, 1, 1
         warmup = self.warmup_stats or {}
         if every is None:
             every = max(1, -(-self.draws.draws * draw_bytes // ARVIZ_BYTES))
@@ -286,8 +348,11 @@ class Run:
             records = max(1, -(-size // (ARVIZ_BYTES // 8)))
         if every < 1:
             raise InputError(f"every: found {every}, expected at least 1")
-        draws, chains = thinned(self.draws, every), np.arange(0, self.draws.chains, one_in)
-        if one_in > 1:
+        going = [chain for chain in range(self.draws.chains) if chain not in self.stopped]
+        if not going:
+            raise InputError("every chain was stopped: there is no whole chain for ArviZ")
+        draws, chains = thinned(self.draws, every), np.array(going)[::one_in]
+        if len(chains) < self.draws.chains:
             blocks = draws.blocks
             draws = draws._replace(chains=len(chains), blocks=lambda: (b[chains] for b in blocks()))
         found = per_draw(self.posterior, draws, self.x, self.y, seed=self.seed)
@@ -323,6 +388,7 @@ class Run:
             attrs={
                 "thinned_by": every,
                 "one_chain_in": one_in,
+                "stopped_chains": {str(chain): draw for chain, draw in self.stopped.items()},
                 "warmup_records_thinned_by": records,
                 "seed": self.seed,
             },
@@ -363,8 +429,60 @@ class Run:
         return encode_features(encoding, table), encode_targets(encoding, table)
 
 
+def watch(
+    target: Target,
+    posterior: Posterior,
+    of: trees.Layout,
+    chains: int,
+    inputs: np.ndarray,
+    held_out: tuple[Any, Any] | None = None,
+    **options: Any,
+) -> Checks:
+    """Return the checks of a target on the predictions of a network.
+
+    Parameters
+    ----------
+    target : Target
+    posterior : Posterior
+    of : trees.Layout
+        Of one position.
+    chains : int
+        Of all processes.
+    inputs : array (rows, features)
+        Predictions at a few of these are followed for the ESS.
+    held_out : tuple of arrays, optional
+        Inputs and targets of validation rows, for the LPPD: at most 500 of them, evenly spaced.
+    **options
+        ``share`` and ``history`` of `Checks`.
+    """
+    few = inputs[few_rows(len(inputs), chains)]
+    scored = None
+    if target.lppd and held_out is not None:
+        stride = max(1, -(-len(held_out[0]) // MAX_SCORED_ROWS))
+        scored = [part[::stride] for part in held_out]
+
+    def evaluate(flat: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+        draws = Draws(of, flat.shape[0], flat.shape[1], lambda: [flat])
+        found = per_draw(posterior, draws, few, batch=BATCH)
+        values = found["mean"] if "mean" in found else found["probabilities"][..., 1:]
+        values = values.reshape(*values.shape[:2], -1)
+        if scored is None:
+            return values, None
+        return values, per_draw(posterior, draws, *scored, batch=BATCH)["log_density"]
+
+    return Checks(target, evaluate, chains, **options)
+
+
 def sample(
-    posterior: Posterior, positions: Any, x, y, *, dataset: Dataset | None = None, **options
+    posterior: Posterior,
+    positions: Any,
+    x,
+    y,
+    *,
+    dataset: Dataset | None = None,
+    until: Target | None = None,
+    held_out: tuple[Any, Any] | None = None,
+    **options,
 ) -> Run:
     """Sample a neural network's posterior with one chain per start position.
 
@@ -372,12 +490,19 @@ def sample(
     ----------
     posterior : Posterior
     positions : pytree
-        Start positions (chain, *leaf), for example ``fit_ensemble(...).positions``.
+        Start positions (chain, *leaf), for example ``fit_ensemble(...).positions``; those of a
+        prior with parameters of its own are found from the network's (see `Posterior.start`).
     x : array (rows, features)
     y : array (rows, targets), or (rows,) class indices
     dataset : Dataset, optional
         Where x and y come from: predictions then take rows in the table's own units and labels
         and give target units, and ``score()`` has a test part.
+    until : Target, optional
+        Sample until this is met (``bnnmcmc.Target(ess=400)``); ``draws`` is then the most per
+        chain.
+    held_out : tuple of arrays, optional
+        Inputs and targets of rows that are not among x: predictions there are followed for
+        ``until.ess``, those of x if not given; ``until.lppd`` needs them. Not the test rows.
     **options
         As in `sample_density`: kernel ("mclmc" if not given), warmup, draws, thin, seed,
         placement (chosen by the sizes of the problem if not given, see `calibration.choose`),
@@ -395,7 +520,7 @@ def sample(
     """
     x, y = posterior.arrays(x, y)
     options.setdefault("kernel", "mclmc")
-    at_work = posterior
+    at_work, starts = posterior, chain_starts(posterior, positions)
     if options.get("placement") is None:
         chains = len(jax.tree.leaves(positions)[0])
         options["placement"] = choose(
@@ -403,10 +528,21 @@ def sample(
         )
     if posterior.row_chunk is None:
         at_work = replace(posterior, row_chunk=options["placement"].row_chunk)
+    checks = None
+    if until is not None and until.wanted:
+        rows = None if held_out is None else posterior.arrays(*held_out)
+        check_target(until, rows="train", validation=0 if rows is None else len(rows[0]))
+        of, chains = trees.layout(trees.first(starts)), options["placement"].chains
+        inputs = np.asarray(x if rows is None else rows[0])
+        checks = watch(until, posterior, of, chains, inputs, rows)
+        options["on_block"] = _checked(checks, options.get("on_block"), options.get("draws", 1000))
+        options["block_end"] = checks.next
     density = RowDensity(at_work.log_prior, at_work.log_likelihood)
-    samples = sample_density(density, positions, data=(x, y), **options)
+    samples = sample_density(density, starts, data=(x, y), **options)
     draws = draws_in_memory(samples.draws)
-    status = chain_status(draws, samples.stats, options.get("thin", 1))
+    wanted = kernel_named(options["kernel"]).wanted
+    thin, stopped = options.get("thin", 1), samples.stopped
+    status = chain_status(draws, samples.stats, thin, wanted, stopped)
     return Run(
         posterior,
         draws,
@@ -418,7 +554,26 @@ def sample(
         dataset,
         warmup_stats=samples.warmup_stats,
         members=positions,
+        target=until or NO_TARGET,
+        checks=() if checks is None else tuple(checks.history),
+        stopped=stopped,
     )
+
+
+def _checked(checks: Checks, on_block, most: int):
+    """Return an ``on_block`` that also looks whether the target is met."""
+
+    def look(stage, block, schedule):
+        if on_block:
+            on_block(stage, block, schedule)
+        if stage != "sampling":
+            return False
+        checks.add(block.draws)
+        if checks.due or checks.done == most:
+            checks.check()
+        return checks.met
+
+    return look
 
 
 def scores(pooled: Pooled, y: np.ndarray, encoding: Encoding | None) -> dict[str, dict[str, float]]:
@@ -461,17 +616,16 @@ def scores(pooled: Pooled, y: np.ndarray, encoding: Encoding | None) -> dict[str
 
 def position_layout(posterior: Posterior) -> trees.Layout:
     """Return the layout of one position, without computing one."""
-    return trees.layout(jax.eval_shape(posterior.init, jax.random.key(0)))
+    return trees.layout(position_shapes(posterior))
 
 
 def check_precision(config: Config) -> None:
     """Raise InputError if JAX does not compute in the run's precision."""
     wanted, enabled = config.run.precision, bool(jax.config.jax_enable_x64)
     if (wanted == "float64") != enabled:
-        switch = "True" if wanted == "float64" else "False"
         raise InputError(
             f"run.precision: the run is in {wanted}, but JAX is not; begin with "
-            f'jax.config.update("jax_enable_x64", {switch})'
+            f'bnnmcmc.use_precision("{wanted}") (JAX\'s jax_enable_x64)'
         )
 
 
@@ -505,13 +659,13 @@ def open_inputs(folder: Path, manifest: dict[str, Any]) -> tuple[Config, Dataset
 
 
 def read_members(
-    folder: Path, manifest: dict[str, Any], of: trees.Layout
+    folder: Path, manifest: dict[str, Any], posterior: Posterior
 ) -> tuple[Any, np.ndarray]:
     """Return the ensemble's weights (member, *leaf) and its validation losses (member,)."""
     entry = manifest["ensemble"]
-    template = jax.tree.unflatten(
-        of.treedef,
-        [jax.ShapeDtypeStruct((1, *shape), jnp.result_type(float)) for shape in of.shapes],
+    template = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct((1, *leaf.shape), leaf.dtype),
+        jax.eval_shape(posterior.init, jax.random.key(0)),
     )
     positions = store.load_tree(folder / "ensemble" / "members.npz", template, entry["sha256"])
     return positions, np.asarray(entry["validation_loss"])
@@ -540,9 +694,23 @@ def stored_stats(folder: Path, manifest: dict[str, Any]) -> dict[str, np.ndarray
     return {name: np.concatenate([block[name] for block in blocks], axis=1) for name in names}
 
 
-def chain_status(draws: Draws, stats: dict[str, np.ndarray], thin: int) -> list[health.ChainStatus]:
-    """Return the status of every chain, from its draws and statistics alone."""
+def stopped_of(manifest: dict[str, Any]) -> dict[int, int]:
+    """Return chain -> after how many draws it was stopped, from a run's manifest."""
+    return {int(chain): draw for chain, draw in (manifest.get("stopped_chains") or {}).items()}
+
+
+def chain_status(
+    draws: Draws,
+    stats: dict[str, np.ndarray],
+    thin: int,
+    wanted: Mapping[str, float] | None = None,
+    stopped: Mapping[int, int] | None = None,
+) -> list[health.ChainStatus]:
+    """Return the status of every chain, from its draws and statistics alone.
+
+    ``wanted`` and ``stopped`` are as in `health.chain_statuses`.
+    """
     finite = np.ones(draws.chains, dtype=bool)
     for block in draws.blocks():
         finite &= np.isfinite(block).all(axis=(1, 2))
-    return health.chain_statuses(stats, finite, thin)
+    return health.chain_statuses(stats, finite, thin, wanted=wanted, stopped=stopped)

@@ -17,12 +17,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bnnmcmc import trees
+from bnnmcmc import health, trees
 from bnnmcmc.errors import InputError
 from bnnmcmc.keys import stage_key
 from bnnmcmc.placement import Placement, gather, indices, over_chains, place, replicate, spread
-from bnnmcmc.records import Schedule, no_flight, no_progress, record_steps, run_ahead
-from bnnmcmc.samplers.kernel import Kernel, MinibatchKernel, RowDensity, Target
+from bnnmcmc.records import Going, Schedule, no_flight, no_progress, record_steps, run_ahead
+from bnnmcmc.samplers.contract import check_kernel
+from bnnmcmc.samplers.kernel import Kernel, MinibatchKernel, RowDensity, RowTarget
 from bnnmcmc.samplers.table import kernel_named
 
 # A block is sized to take about this long, so that progress, Ctrl-C and time budgets are prompt.
@@ -43,9 +44,9 @@ class Block(NamedTuple):
     start, count : int
         Records ``start .. start + count - 1``.
     draws : numpy array or None
-        (chain, count, size) positions, None during warm-up.
+        (chain, count, size) positions, None during warm-up; NaN after a chain was stopped.
     stats : dict
-        name -> (chain, count).
+        name -> (chain, count); after a chain was stopped, NaN and for whole numbers 0.
     carry : pytree
         The chains' state after the block, on the devices.
     seconds : float
@@ -54,6 +55,8 @@ class Block(NamedTuple):
         (chain,) For chains that run ahead: how many gradients a chain could have made, with those
         it was left out of; what it did make is in ``stats["gradients"]``. Over a whole run, the
         ratio of the sums is the utilisation.
+    stopped : numpy array (chain,) or None
+        After how many draws a chain was stopped (see `health.look`), -1 for those that go on.
     """
 
     start: int
@@ -63,6 +66,7 @@ class Block(NamedTuple):
     carry: Any
     seconds: float
     ticks: np.ndarray | None = None
+    stopped: np.ndarray | None = None
 
 
 class Program(NamedTuple):
@@ -95,6 +99,7 @@ def build_program(
     thin: int,
     capacity: int | None = None,
     sampled: tuple[bool, ...] | None = None,
+    begun_with: int | None = None,
 ) -> Program:
     """Compile (on first use) what is needed to sample a density.
 
@@ -114,6 +119,9 @@ def build_program(
         chosen by memory if not given.
     sampled : tuple of bool, optional
         Which leaves are sampled (`trees.chosen_leaves`); the others stay where the chain starts.
+    begun_with : int, optional
+        Draws that the run was begun with, if it was extended since: the capacity is that of then,
+        for checkpoints of chains that run ahead hold a buffer of its size.
 
     Returns
     -------
@@ -128,6 +136,8 @@ def build_program(
     draw_schedule = Schedule(draws * thin, thin)
     # Of one chain alone, trajectories follow one another as they are.
     parts = kernel.trajectories if placement.together else None
+    # A warm-up that is not in halves keeps step: what it does now and then, all chains do at once.
+    warm_parts = parts if warm_rules.in_use is not None else None
     if capacity is None:
         row_bytes = placement.chains * (of.size * dtype.itemsize + 64)
         if parts is None:
@@ -135,7 +145,7 @@ def build_program(
         else:
             most = min(4 * AHEAD_BYTES // row_bytes, AHEAD_RECORDS)
             capacity = max(AHEAD_BYTES // row_bytes, most, MIN_AHEAD)
-        capacity = int(np.clip(capacity, 1, max(draws, 1)))
+        capacity = int(np.clip(capacity, 1, max(begun_with or draws, 1)))
     traces = {"start": 0, "warm": 0, "finish": 0, "draw": 0}
 
     def position_of(flat, fixed):
@@ -164,24 +174,25 @@ def build_program(
             position = trees.part(position, of, sampled)
         state = kernel.init(jax.random.fold_in(key, index), position, density_of(data, fixed))
         adaptation, index = warm_rules.init(position), (index, fixed)
-        if parts is None:
+        if warm_parts is None:
             return index, state, adaptation, None, None
         assert warm_rules.in_use is not None
         used = warm_rules.in_use(adaptation)
-        progress = no_progress(parts, state, used, WARMUP_RECORDS, keep=False)
+        progress = no_progress(warm_parts, state, used, WARMUP_RECORDS, keep=False)
         return index, state, adaptation, progress, None
 
     def depart_chain(chain):
         assert parts is not None
-        return no_flight(parts, *chain)
+        return Going(jnp.asarray(True), no_flight(parts, *chain))
 
     def go_ahead(carry, key, first, count, data, schedule, capacity, in_use, adapt):
         assert parts is not None
-        (index, fixed), *inner = carry
+        (index, fixed), *inner, going = carry
         inner, records = run_ahead(
             parts,
             jax.random.fold_in(key, index),
-            tuple(inner),
+            (*inner, going.flight),
+            going.active,
             first,
             count,
             schedule,
@@ -190,14 +201,14 @@ def build_program(
             in_use,
             adapt,
         )
-        return ((index, fixed), *inner), records
+        return ((index, fixed), *inner[:3], going._replace(flight=inner[3])), records
 
     def warm_chain(carry, key, first, count, data):
         traces["warm"] += 1
-        if parts is not None:
+        if warm_parts is not None:
             rules = warm_rules.in_use, warm_rules.adapt
             return go_ahead(carry, key, first, count, data, warm_schedule, WARMUP_RECORDS, *rules)
-        (index, fixed), state, adaptation, _, _ = carry
+        (index, fixed), state, adaptation, _, going = carry
         density, chain_key = density_of(data, fixed), jax.random.fold_in(key, index)
 
         def step(t, inner):
@@ -210,7 +221,7 @@ def build_program(
         (state, adaptation), records = record_steps(
             step, (state, adaptation), first, count, warm_schedule, WARMUP_RECORDS
         )
-        return ((index, fixed), state, adaptation, None, None), (*records, None)
+        return ((index, fixed), state, adaptation, None, going), (*records, None)
 
     def finish_chain(carry):
         traces["finish"] += 1
@@ -225,16 +236,24 @@ def build_program(
         if parts is not None:
             rules = (lambda params: params), (lambda params, state, info, t: params)
             return go_ahead(carry, key, first, count, data, draw_schedule, capacity, *rules)
-        (index, fixed), state, params, _, _ = carry
+        (index, fixed), state, params, _, going = carry
         density, chain_key = density_of(data, fixed), jax.random.fold_in(key, index)
 
         def step(t, state):
             return take_step(jax.random.fold_in(chain_key, t), state, params, t, density)
 
         state, records = record_steps(
-            step, state, first, count, draw_schedule, capacity, keep=lambda state: state.position
+            step,
+            state,
+            first,
+            count,
+            draw_schedule,
+            capacity,
+            keep=lambda state: state.position,
+            active=going.active,
+            together=placement.together,
         )
-        return ((index, fixed), state, params, None, None), (*records, None)
+        return ((index, fixed), state, params, None, going), (*records, None)
 
     return Program(
         kernel,
@@ -259,7 +278,7 @@ def _target(
     kernel: MinibatchKernel,
     position_of: Callable[[jax.Array], Any],
     data: tuple,
-) -> Target:
+) -> RowTarget:
     """Return what a minibatch kernel sees of a density that is a sum over rows."""
     if not isinstance(density, RowDensity):
         raise InputError(
@@ -273,7 +292,7 @@ def _target(
         scale = rows / kernel.batch_size
         return density.log_prior(position) + scale * density.log_likelihood(position, *some)
 
-    return Target(rows, lambda flat: density(position_of(flat), *data), estimate)
+    return RowTarget(rows, lambda flat: density(position_of(flat), *data), estimate)
 
 
 def check_rows(kernel: Kernel | MinibatchKernel, data: tuple) -> int:
@@ -305,7 +324,8 @@ def start_chains(program: Program, positions: jax.Array, seed: int, data: tuple)
     """Return the carry of all chains before the first warm-up step.
 
     A carry is ((index, fixed part of the position or None), state, adaptation or parameters,
-    `Progress`, `Flight`), the last two None for chains that do not run ahead.
+    `Progress` or None, `Going` or None): the fourth for chains that run ahead, the last for
+    chains on their way.
 
     Parameters
     ----------
@@ -336,10 +356,13 @@ def at_rest(carry: Any) -> Any:
 
 
 def departed(program: Program, carry: Any) -> Any:
-    """Return a carry with which a block can begin."""
-    if not program.runs_ahead or carry[4] is not None:
+    """Return a carry with which a block can begin: trajectories are for chains with `Progress`."""
+    if carry[4] is not None:
         return carry
-    return (*carry[:4], program.depart(carry[1:3]))
+    if carry[3] is not None:
+        return (*carry[:4], program.depart(carry[1:3]))
+    active = np.ones(program.placement.chains, bool)
+    return (*carry[:4], Going(spread(active, program.placement), None))
 
 
 def run_blocks(
@@ -353,6 +376,8 @@ def run_blocks(
     last: int | None = None,
     max_count: int | None = None,
     least: Callable[[int], int] = int,
+    block_end: Callable[[int], int] | None = None,
+    watch: health.Watch | None = None,
 ) -> Iterator[Block]:
     """Advance all chains from record ``first`` to ``last``, yielding a block at a time.
 
@@ -372,6 +397,11 @@ def run_blocks(
         Most records in one block; by time and memory if not given.
     least : callable
         Returns the least of a number over all processes, which then advance by equal blocks.
+    block_end : callable, optional
+        Returns the number of records at which a block that begins with this one must have ended.
+    watch : health.Watch, optional
+        What is known of the draws before ``first``, if there are any: chains that fail repeatedly
+        are stopped, wherever blocks begin.
 
     Yields
     ------
@@ -382,14 +412,20 @@ def run_blocks(
     schedule = program.warmup if warming else program.sampling
     capacity = WARMUP_RECORDS if warming else program.capacity
     # Half of the records leaves the other half to chains that are ahead at the end of a block.
-    ahead = program.runs_ahead and capacity < schedule.records
+    ahead = carry[3] is not None and capacity < schedule.records
     limit = min(max(1, capacity // 2) if ahead else capacity, max_count or capacity)
     key = stage_key(seed, stage)
     last = schedule.records if last is None else last
     carry = departed(program, carry)
+    chains, watch = program.placement.chains, watch or health.nothing_seen(program.placement.chains)
+    active = np.ones(chains, bool)
     count, compiled = 1, False
     while first < last:
-        n = least(min(count, limit, last - first))
+        if not np.array_equal(active, watch.stopped < 0):
+            active = watch.stopped < 0
+            carry = (*carry[:4], carry[4]._replace(active=spread(active, program.placement)))
+        end = last if block_end is None else min(last, block_end(first))
+        n = least(min(count, limit, end - first))
         begun = time.monotonic()
         carry, records = advance(carry, key, np.int32(first), np.int32(n), data)
         # Slicing on the host, after one copy: slicing on the device would compile per length.
@@ -400,16 +436,14 @@ def run_blocks(
             kept = trees.join(kept, fixed, program.layout, program.sampled)
         seconds = time.monotonic() - begun
         del records  # each copy of a block's draws goes as soon as there is the next one
-        block = Block(
-            first,
-            n,
-            # Copies: a view would keep the whole buffer alive for as long as the block.
-            None if kept is None else kept[:, :n].copy(),
-            {name: values[:, :n].copy() for name, values in stats.items()},
-            carry,
-            seconds,
-            ticks,
-        )
+        # Copies: a view would keep the whole buffer alive for as long as the block.
+        kept = None if kept is None else kept[:, :n].copy()
+        stats = {name: values[:, :n].copy() for name, values in stats.items()}
+        if not warming:
+            watch = health.look(watch, stats, first, schedule.thin)
+            _blank_stopped(watch.stopped, first, kept, stats)
+        stopped = None if warming else watch.stopped
+        block = Block(first, n, kept, stats, carry, seconds, ticks, stopped)
         del kept, stats
         first += n
         if compiled:  # the first call's time holds the compilation
@@ -418,6 +452,14 @@ def run_blocks(
         compiled = True
         yield block
         del block
+
+
+def _blank_stopped(stopped: np.ndarray, first: int, kept: Any, stats: dict) -> None:
+    """Take out what a chain did after it was stopped: how much depends on the block."""
+    for chain in np.flatnonzero(stopped >= 0):
+        rest = slice(max(0, stopped[chain] - first), None)
+        for values in (kept, *stats.values()):
+            values[chain, rest] = np.nan if values.dtype.kind == "f" else 0
 
 
 class Samples(NamedTuple):
@@ -435,6 +477,9 @@ class Samples(NamedTuple):
         The kernel's adapted parameters, (chain, ...) each.
     kernel : str
         The kernel's name.
+    stopped : dict
+        Chain -> after how many draws it was stopped, for those that failed repeatedly (see
+        `health.look`); what comes after that is NaN.
     """
 
     draws: Any
@@ -442,6 +487,7 @@ class Samples(NamedTuple):
     warmup_stats: dict[str, np.ndarray]
     params: Any
     kernel: str
+    stopped: dict[int, int] = {}  # noqa: RUF012  (never changed)
 
     def __repr__(self) -> str:
         chains, draws = self.stats["log_density"].shape
@@ -459,7 +505,8 @@ def sample_density(
     seed: int = 0,
     data: tuple = (),
     placement: Placement | None = None,
-    on_block: Callable[[str, Block, Schedule], None] | None = None,
+    on_block: Callable[[str, Block, Schedule], Any] | None = None,
+    block_end: Callable[[int], int] | None = None,
     leaves: Sequence[str] = (),
 ) -> Samples:
     """Sample any log-density over a pytree with one chain per start position.
@@ -485,7 +532,11 @@ def sample_density(
     placement : Placement
         Where the chains run; chosen from the devices at hand if not given.
     on_block : callable
-        ``on_block(stage, block, schedule)`` after each block, for progress.
+        ``on_block(stage, block, schedule)`` after each block, for progress; if it returns True,
+        sampling ends with that block, and there are fewer draws.
+    block_end : callable, optional
+        ``block_end(first)``: the number of draws at which a block that begins with draw ``first``
+        must have ended, so that ``on_block`` sees it.
     leaves : sequence of str
         Sample only the leaves in whose dotted names one of these regular expressions is found;
         the others stay at each chain's start position. All if not given.
@@ -497,8 +548,9 @@ def sample_density(
     Raises
     ------
     InputError
-        A start position with a non-finite density, counts out of range, or a density or data that
-        a minibatch kernel cannot take batches of.
+        A start position with a non-finite density, counts out of range, a kernel that does not
+        keep the protocol (see `Kernel`), a density or data that a minibatch kernel cannot take
+        batches of, or every chain was stopped because it failed repeatedly.
 
     Examples
     --------
@@ -525,7 +577,9 @@ def sample_density(
         raise InputError(f"placement is for {placement.chains} chains, positions hold {chains}")
     of = trees.layout(trees.first(positions))
     data = tuple(jnp.asarray(value) for value in data)
-    chosen = kernel_named(kernel)
+    chosen, sampled = kernel_named(kernel), trees.chosen_leaves(leaves, of)
+    if not isinstance(kernel, str):
+        check_kernel(chosen, trees.chosen_size(sampled, of), warmup, f"kernel {chosen.name!r}")
     check_rows(chosen, data)
     result = jax.eval_shape(log_density, trees.first(positions), *data)
     if getattr(result, "shape", None) != ():
@@ -541,7 +595,7 @@ def sample_density(
         warmup=warmup,
         draws=draws,
         thin=thin,
-        sampled=trees.chosen_leaves(leaves, of),
+        sampled=sampled,
     )
     data = replicate(data, placement)
     carry = start_chains(program, trees.flatten_stacked(positions), seed, data)
@@ -553,14 +607,21 @@ def sample_density(
             "expected a finite number"
         )
     blocks: dict[str, list[Block]] = {"warmup": [], "sampling": []}
+    stopped: dict[int, int] = {}
     for stage, schedule in (("warmup", program.warmup), ("sampling", program.sampling)):
         if stage == "sampling":
             carry = finish_warmup(program, carry)
-        for block in run_blocks(program, stage, carry, seed, data):
+        end = block_end if stage == "sampling" else None
+        for block in run_blocks(program, stage, carry, seed, data, block_end=end):
             carry = block.carry
             blocks[stage].append(block._replace(carry=None))
-            if on_block:
-                on_block(stage, block, schedule)
+            if block.stopped is not None:
+                stopped = health.stopped_chains(block.stopped)
+            if len(stopped) == chains:
+                found = join_stats(blocks["sampling"])
+                raise InputError(health.say_all_stopped(found, stopped, thin))
+            if on_block and on_block(stage, block, schedule) is True and stage == "sampling":
+                break
     flat = np.concatenate([b.draws for b in blocks["sampling"] if b.draws is not None], axis=1)
     return Samples(
         trees.unflatten(flat, of),
@@ -568,6 +629,7 @@ def sample_density(
         join_stats(blocks["warmup"]),
         gather(carry[2], placement),
         chosen.name,
+        stopped,
     )
 
 

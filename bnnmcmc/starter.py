@@ -37,6 +37,8 @@ activation = "silu"            # tanh, relu, silu, gelu, ...
 family = "normal"              # or laplace, student_t
 scale = 1.0
 # fan_in = true                # divide the scale by sqrt(fan-in)
+# hierarchical = true          # sample a scale for each layer
+# inputs = "horseshoe"         # a scale for each input: most are shrunk to zero
 
 [ensemble]
 members = 10                   # one chain starts from each
@@ -49,6 +51,9 @@ kernel = "mclmc"               # or mams, nuts, hmc: exact, and many times deare
 warmup = 10000                 # steps per chain
 draws = 1000                   # kept per chain
 thin = 10                      # steps per kept draw
+
+# [stop]
+# ess = 400                    # stop earlier: when the draws are worth so many independent ones
 
 [run]
 seed = 0

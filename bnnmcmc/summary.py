@@ -16,6 +16,7 @@ from bnnmcmc.health import STATUSES
 from bnnmcmc.metrics import LEVELS
 from bnnmcmc.progress import count, duration
 from bnnmcmc.store import read_manifest
+from bnnmcmc.targets import is_met, say_outcome, target_of
 
 STAGES = {
     "ensemble": "ensemble",
@@ -67,6 +68,9 @@ def print_summary(console: Console, folder: Path) -> None:
         + (f" (one every {manifest['thin']} steps)" if manifest["thin"] > 1 else ""),
         "time": _times(manifest["seconds"]),
     }
+    outcome = say_outcome(manifest)
+    if outcome:
+        lines["target"] = outcome
     _print_pairs(console, lines)
     notes = list(manifest["notes"])
     if manifest["stopped"] == "time budget":
@@ -76,10 +80,14 @@ def print_summary(console: Console, folder: Path) -> None:
     _print_scores(console, folder)
     _print_status(console, manifest["status"])
     _print_verdict(console, folder)
+    more = f"--draws {manifest['draws']}"
+    target, checks = target_of(manifest)
+    if is_met(target, checks):
+        more = f"--ess {2 * target.ess:g}" if target.ess else f"--lppd {target.lppd / 2:g}"
     files = {
         "report": str(folder / "report.html"),
         "folder": str(folder),
-        "more": f"bnnmcmc resume {shlex.quote(str(folder))} --draws {manifest['draws']}",
+        "more": f"bnnmcmc resume {shlex.quote(str(folder))} {more}",
     }
     console.print()
     _print_pairs(console, {k: v for k, v in files.items() if k != "report" or Path(v).exists()})

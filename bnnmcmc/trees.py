@@ -106,6 +106,12 @@ def chosen_leaves(patterns: Sequence[str], of: Layout) -> tuple[bool, ...] | Non
     return None if all(chosen) or not patterns else tuple(chosen)
 
 
+def chosen_size(chosen: Sequence[bool] | None, of: Layout) -> int:
+    """Return the number of scalars in the chosen leaves (None: all)."""
+    uses = [True] * len(of.shapes) if chosen is None else chosen
+    return sum(int(np.prod(shape)) for shape, use in zip(of.shapes, uses, strict=True) if use)
+
+
 def part(flat: Any, of: Layout, chosen: Sequence[bool]) -> Any:
     """Return the chosen leaves' part of ``(..., size)``, as one array."""
     xp = np if isinstance(flat, np.ndarray) else jnp

@@ -34,13 +34,14 @@ MAY_IMPORT = {
     "ensemble": {"keys", "trees", "placement"},
     "samplers": {"samplers", "keys", "trees"},
     "records": {"samplers", "placement"},
-    "sampling": {"records", "samplers", "placement", "keys", "trees"},
+    "sampling": {"records", "samplers", "placement", "keys", "trees", "health"},
     "store": {"trees", "processes"},
     "symmetry": {"trees"},
     "predictive": {"likelihoods", "trees", "placement", "keys"},
     "convergence": set(),
     "diagnostics": {"convergence", "store", "metrics", "symmetry", "health", "trees"},
-    "report": {"report", "diagnostics", "metrics", "health", "store"},
+    "targets": {"diagnostics"},
+    "report": {"report", "diagnostics", "metrics", "health", "store", "targets"},
 }
 
 # Who alone may import these, of ours and of others.
@@ -78,6 +79,7 @@ WITHOUT_JAX = {
     "starter",
     "summary",
     "sweep",
+    "targets",
 }
 JAX = {"jax", "jaxlib", "blackjax", "numpyro", "optax"}
 

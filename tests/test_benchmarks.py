@@ -15,6 +15,7 @@ from experiments.benchmarks import (
     compilation,
     gradients,
     machine,
+    nuts_warmup,
     startup,
     steps,
     time_to_lppd,
@@ -102,6 +103,18 @@ def test_steps_stand_over_their_gradients(settings):
     for row in rows:
         ratio = row["microseconds_per_gradient"] / row["gradient_alone"]
         assert row["over_gradient"] == pytest.approx(ratio)
+
+
+@pytest.mark.slow
+def test_trees_stand_over_blackjax_s(settings):
+    rows = nuts_warmup.measure(settings)["rows"]
+    assert rows[0]["over_blackjax"] == 1
+    for row in rows:
+        assert 1 <= row["tree"] <= 15
+        assert row["over_blackjax"] == pytest.approx(row["tree"] / rows[0]["tree"])
+        assert row["gradients"] == pytest.approx(row["warmup_gradients"] + 4 * row["tree"])
+        assert np.isfinite(row["lppd"])
+    assert rows[-1]["tree"] <= 3
 
 
 def test_peer_is_scored_as_we_score(settings):

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from bnnmcmc.errors import InputError
-from bnnmcmc.health import ChainStatus, chain_statuses
+from bnnmcmc.health import ChainStatus, chain_statuses, say_now
 
 THIN = 5
 
@@ -221,6 +221,98 @@ def test_the_worst_status_wins():
     assert names(judge(stats))[:5] == ["stuck", "diverging", "low", "ok", "stuck"]
     finite[0] = False
     assert names(judge(stats, finite))[:3] == ["nonfinite", "diverging", "low"]
+
+
+WANTED = {"energy_error_squared": 0.05, "acceptance_rate": 0.8, "tree_depth": 10}
+
+
+def wanting(stats):
+    return chain_statuses(stats, np.ones(len(stats["log_density"]), bool), THIN, wanted=WANTED)
+
+
+@pytest.mark.parametrize("kernel", ["mclmc", "nuts"])
+def test_ordinary_chains_that_reach_what_was_wanted_raise_no_alarm(kernel):
+    for seed in range(20):
+        stats = ordinary(kernel, seed=seed)
+        stats["tree_depth"] = np.full((8, 200), 9)
+        assert names(wanting(stats)) == ["ok"] * 8
+        assert say_now(stats, THIN, wanted=WANTED) == ""
+
+
+def test_an_energy_variance_far_beyond_the_wanted_one():
+    stats = ordinary()
+    stats["energy_error_squared"][2] = 0.6
+    stats["energy_error_squared"][3] = 0.4
+    statuses = wanting(stats)
+    assert names(statuses) == only(2, "biased")
+    assert "(EEVPD) is 0.6, 12.0 times the wanted 0.05 (limit 10)" in statuses[2].sentence
+    assert "sampler.energy_variance_end" in statuses[2].sentence
+    assert names(judge(stats)) == ["ok"] * 8  # nobody said what was wanted
+
+
+@pytest.mark.parametrize(("rate", "word"), [(0.5, "longer"), (0.54, None), (0.56, None)])
+def test_an_acceptance_rate_far_from_its_target(rate, word):
+    stats = ordinary("hmc")
+    stats["acceptance_rate"][4] = rate
+    statuses = wanting(stats)
+    assert names(statuses) == (["ok"] * 8 if rate > 0.55 else only(4, "off target"))
+    if word:
+        assert "rate is 0.50, more than 0.25 from its target 0.80" in statuses[4].sentence
+        assert f"steps are {word}" in statuses[4].sentence
+
+
+def test_trees_of_the_greatest_depth():
+    stats = ordinary("nuts")
+    stats["tree_depth"] = np.full((8, 200), 9)
+    stats["tree_depth"][1, :101] = 10
+    stats["tree_depth"][2, :100] = 10
+    statuses = wanting(stats)
+    assert names(statuses) == only(1, "saturated")
+    assert "50 % of the draws have a tree of the greatest depth, 10 (limit 50 %)" in (
+        statuses[1].sentence
+    )
+
+
+def test_a_step_size_far_below_the_others():
+    stats = ordinary()
+    stats["step_size"][5] = 1e-4
+    stats["step_size"][6] = 2e-4
+    statuses = judge(stats)
+    assert names(statuses) == only(5, "collapsed")
+    assert "step size 0.0001 is 123 times below the chains' median 0.012 (limit 100)" in (
+        statuses[5].sentence
+    )
+    four = {name: values[4:] for name, values in stats.items()}
+    assert names(judge(four)) == ["ok"] * 4  # too few to compare
+
+
+def test_a_log_density_that_falls():
+    stats = ordinary()
+    stats["log_density"][3] -= np.linspace(0, 400, 200)
+    stats["log_density"][4] += np.linspace(0, 400, 200)  # it climbs: not arrived, but no fault
+    statuses = judge(stats)
+    assert names(statuses) == only(3, "sinking")
+    assert "The log-density falls: its median is" in statuses[3].sentence
+    assert "(limit 5)" in statuses[3].sentence
+
+
+def test_few_draws_are_no_evidence():
+    stats = ordinary(draws=19)
+    stats["energy_error_squared"][:] = 9.0
+    stats["log_density"] -= np.linspace(0, 9000, 19)
+    assert names(wanting(stats)) == ["ok"] * 8
+
+
+def test_progress_counts_troubles_worst_first():
+    stats = ordinary()
+    stats["log_density"][0] = np.nan
+    stats["log_density"][1, 50] = np.nan
+    stats["diverging"][2] = 1
+    stats["energy_error_squared"][2:5] = 0.9
+    stats["log_density"][5] -= 2000.0
+    assert say_now(stats, THIN, wanted=WANTED, stopped=1) == (
+        "chains: 1 stopped, 1 nonfinite, 1 diverging, 2 biased, 1 low"
+    )
 
 
 STATS = ordinary()

@@ -12,7 +12,7 @@ from blackjax.diagnostics import effective_sample_size
 
 from bnnmcmc.errors import InputError
 from bnnmcmc.samplers.hmc import hmc
-from bnnmcmc.samplers.kernel import REDUCTIONS, Kernel, MinibatchKernel, Target
+from bnnmcmc.samplers.kernel import REDUCTIONS, Kernel, MinibatchKernel, RowTarget
 from bnnmcmc.samplers.mclmc import mclmc
 from bnnmcmc.samplers.nuts import nuts
 from bnnmcmc.samplers.table import KERNELS, kernel_named
@@ -44,7 +44,7 @@ def seen_by(kernel, density):
     def estimate(x, batch):
         return density(x) + jnp.asarray(SLOPES, x.dtype)[batch].mean() * jnp.sum(x)
 
-    return Target(len(SLOPES), density, estimate)
+    return RowTarget(len(SLOPES), density, estimate)
 
 
 def step_of(kernel, warmup):
@@ -203,6 +203,13 @@ OUT_OF_RANGE = [
     ("nuts", "max_depth", 21),
     ("nuts", "target_acceptance", 1.0),
     ("nuts", "initial_step_size", 0.0),
+    ("nuts", "metric", "round"),
+    ("nuts", "max_rank", 0),
+    ("nuts", "cutoff", 0.5),
+    ("nuts", "adaptation", "none"),
+    ("hmc", "metric", "round"),
+    ("hmc", "max_rank", 0),
+    ("hmc", "cutoff", float("nan")),
     ("hmc", "num_leapfrog", 0),
     ("hmc", "jitter", 1.0),
     ("hmc", "jitter", -0.1),
@@ -244,6 +251,15 @@ OTHER = [
     ("nuts", "max_depth", 1),
     ("nuts", "target_acceptance", 0.6),
     ("nuts", "initial_step_size", 0.1),
+    ("nuts", "metric", "low_rank"),
+    ("nuts", "metric", "dense"),
+    ("nuts", "max_rank", 1),
+    ("nuts", "cutoff", 100.0),
+    ("nuts", "adaptation", "network"),
+    ("hmc", "metric", "low_rank"),
+    ("hmc", "metric", "dense"),
+    ("hmc", "max_rank", 1),
+    ("hmc", "cutoff", 100.0),
     ("hmc", "num_leapfrog", 3),
     ("hmc", "jitter", 0.0),
     ("hmc", "target_acceptance", 0.6),
@@ -266,17 +282,25 @@ BESIDE = {"cycle": {"schedule": "cyclic", "cycle": 50}}
 SWITCHES = {"precondition"}
 
 
+# An option of one kind of metric, on a density whose coordinates depend on each other.
+LOW_RANK_ONLY = ("max_rank", "cutoff")
+
+
+def leaning(x):
+    return gaussian(x) - 3.0 * jnp.square(x[0] + x[1] - x[2])
+
+
 @functools.cache
 def draws_with(name, **options):
-    run = jax.jit(chain(KERNELS[name](**options)))
+    run = jax.jit(chain(KERNELS[name](**options), leaning))
     return np.asarray(run(jax.random.key(2), jnp.full(3, 0.5))[3][0].position)
 
 
 @pytest.mark.parametrize(("name", "option", "value"), OTHER)
 def test_every_option_changes_the_draws(name, option, value):
-    beside = BESIDE.get(option, {})
-    usual, other = draws_with(name, **beside), draws_with(name, **beside | {option: value})
-    assert not np.any(usual[1:] == other[1:])
+    base = BESIDE.get(option, {}) | ({"metric": "low_rank"} if option in LOW_RANK_ONLY else {})
+    changed = draws_with(name, **base | {option: value})
+    assert not np.any(draws_with(name, **base)[1:] == changed[1:])
 
 
 def test_every_option_has_a_range_and_another_value():

@@ -20,6 +20,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from bnnmcmc.report import figures
 from bnnmcmc.report.figures import Plot, number, percent, plural
 from bnnmcmc.store import read_arrays, read_manifest, write_atomic
+from bnnmcmc.targets import is_met, say_outcome, target_of
 
 # More chains than this: the table shows the worst ten, and quantiles over all.
 MAX_CHAIN_ROWS = 30
@@ -373,7 +374,13 @@ def _progress(run: RunFolder) -> list[Sentence]:
         text = f"Unfinished: the run is in the stage “{where}”{why}"
         if run.draws and on_disk:
             text += f", with {on_disk} on disk"
+        if len(manifest.get("stopped_chains") or {}) == manifest.get("chains"):
+            return [Sentence("bad", f"{text}. There is no chain left to go on with.")]
         return [Sentence("note", f"{text}. To go on: {resume}")]
+    if manifest.get("until") and run.draws:
+        outcome, met = say_outcome(manifest), is_met(*target_of(manifest))
+        if outcome and (met or run.draws >= (planned or 0)):
+            return [Sentence("good" if met else "note", f"Sampling: {outcome}.")]
     if stopped or (planned and run.draws < planned):
         return [
             Sentence(

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 
 from bnnmcmc.errors import InputError
-from bnnmcmc.samplers.kernel import Target
+from bnnmcmc.samplers.kernel import RowTarget
 from bnnmcmc.samplers.options import check_positive
 
 SCHEDULES = ("constant", "cosine", "polynomial", "cyclic")
@@ -25,8 +25,8 @@ def draw_batch(key: jax.Array, rows: int, size: int) -> jax.Array:
               j = 0, \dots, B - 1
 
     Every row has the expected count B / N, so N / B times a sum over the batch is unbiased,
-    whatever the order of the rows; its variance is at most that of a batch drawn at random. A
-    batch of as many rows as there are is all of them, once.
+    whatever the order of the rows; its variance is at most that of a batch drawn at random, with
+    replacement. A batch of as many rows as there are is all of them, once.
 
     Parameters
     ----------
@@ -43,7 +43,7 @@ def draw_batch(key: jax.Array, rows: int, size: int) -> jax.Array:
     """
     # j N may leave 32 bits: whole part and remainder of j N / B are taken here.
     whole, rest = np.divmod(np.arange(size, dtype=np.int64) * rows, size)
-    within = jax.random.randint(key, (size,), 0, rows)
+    within = jax.random.randint(key, (size,), 0, rows, jnp.int32)
     return jnp.asarray(whole, jnp.int32) + (jnp.asarray(rest, jnp.int32) + within) // size
 
 
@@ -64,22 +64,38 @@ class Landscape(NamedTuple):
         ``log_density(position) -> scalar``, an unbiased estimate, with an unbiased gradient.
     anchor : Anchor or None
         To be carried on.
+    error : array (size,) or None
+        How far off the batch's gradient is at the anchor, where that over all rows is known.
     gradients, rows : int32
         What has been paid for it so far: gradients, and rows looked at.
     """
 
     log_density: Callable[[jax.Array], jax.Array]
     anchor: Anchor | None
+    error: jax.Array | None
     gradients: jax.Array
     rows: jax.Array
 
+    def squared_noise(self, before: jax.Array, after: jax.Array) -> jax.Array:
+        r"""Return one look (size,) at the variance of a batch's gradient, by coordinate.
 
-def first_anchor(position: jax.Array, every: int, target: Target) -> Anchor | None:
+        .. math:: (\hat g_{b,i}(a) - g_i(a))^2 \quad\text{or}\quad
+                  \tfrac12 (\hat g_{b,i} - \hat g_{b',i})^2
+
+        at the anchor a, if there is one; else of what two batches show at one position, or at two
+        close ones, ``before`` and ``after``.
+        """
+        if self.error is not None:
+            return jnp.square(self.error)
+        return jnp.square(after - before) / 2
+
+
+def first_anchor(position: jax.Array, every: int, target: RowTarget) -> Anchor | None:
     """Return the anchor at the start of a chain, None if there are to be none (``every`` is 0)."""
     return _anchor_at(position, target) if every else None
 
 
-def _anchor_at(position: jax.Array, target: Target) -> Anchor:
+def _anchor_at(position: jax.Array, target: RowTarget) -> Anchor:
     return Anchor(position, *jax.value_and_grad(target.log_density)(position))
 
 
@@ -88,7 +104,7 @@ def landscape(
     position: jax.Array,
     anchor: Anchor | None,
     t: jax.Array,
-    target: Target,
+    target: RowTarget,
     batch_size: int,
     every: int,
 ) -> Landscape:
@@ -111,7 +127,7 @@ def landscape(
     anchor : Anchor or None
     t : int32
         Number of the step.
-    target : Target
+    target : RowTarget
     batch_size : int
     every : int
         Steps between two anchors; 0 for none.
@@ -130,7 +146,7 @@ def landscape(
         return jnp.asarray(number, jnp.int32)
 
     if anchor is None:
-        return Landscape(lambda p: target.estimate(p, batch), None, count(0), count(0))
+        return Landscape(lambda p: target.estimate(p, batch), None, None, count(0), count(0))
     moves = t % every == 0
     at = jax.lax.cond(moves, lambda: _anchor_at(position, target), lambda: anchor)
     value, gradient = jax.value_and_grad(target.estimate)(at.position, batch)
@@ -138,6 +154,7 @@ def landscape(
     return Landscape(
         lambda p: target.estimate(p, batch) + height + slope @ (p - at.position),
         at,
+        slope,
         count(1) + moves,
         batch_size + moves * count(target.rows),
     )
@@ -157,8 +174,7 @@ def no_noise(position: jax.Array) -> Noise:
 
 def learn_noise(
     noise: Noise,
-    before: jax.Array,
-    after: jax.Array,
+    squared: jax.Array,
     t: jax.Array,
     num_warmup: int,
     batch_share: float,
@@ -166,19 +182,20 @@ def learn_noise(
 ) -> Noise:
     r"""Add to what is known of the noise, in the first three quarters of a warm-up.
 
-    .. math:: V_i \approx \tfrac12 (\hat g_{b,i} - \hat g_{b',i})^2, \quad
-              s_i = (\lambda + \tfrac{B}{N} V_i)^{-1/2}
+    .. math:: s_i = (\lambda + \tfrac{B}{N} V_i)^{-1/2}
 
-    with :math:`\hat g_b` and :math:`\hat g_{b'}` what two batches show at one position, or at two
-    close ones; V is the mean over the steps so far, at most about the last 1000.
-    :math:`\tfrac{B}{N} V_i` is the observed Fisher information, so :math:`s_i` is about the
-    coordinate's conditional scale in the posterior if :math:`\lambda` is the prior's precision.
+    V, the variance of a batch's gradient, is the mean of what the steps so far have shown, at most
+    about the last 1000. It is that of the gradient without control variates even where there are
+    some: :math:`\tfrac{B}{N} V_i` is then the observed Fisher information, and :math:`s_i` about
+    the coordinate's conditional scale in the posterior if :math:`\lambda` is the prior's precision.
+    After the warm-up the scales are fixed: there is no drift by their change to correct for, the
+    term called :math:`\Gamma` in methods whose scales move with the position.
 
     Parameters
     ----------
     noise : Noise
-    before, after : array (size,)
-        The two gradients.
+    squared : array (size,)
+        What this step shows of the variance (`Landscape.squared_noise`).
     t : int32
         Number of the step, from 0.
     num_warmup : int
@@ -189,8 +206,8 @@ def learn_noise(
     """
 
     def learn() -> Noise:
-        weight = 1.0 / jnp.minimum(t + 1, NOISE_MEMORY).astype(after.dtype)
-        variance = noise.variance + weight * (jnp.square(after - before) / 2 - noise.variance)
+        weight = 1.0 / jnp.minimum(t + 1, NOISE_MEMORY).astype(squared.dtype)
+        variance = noise.variance + weight * (squared - noise.variance)
         return Noise(variance, jax.lax.rsqrt(damping + batch_share * variance))
 
     return jax.lax.cond(t < round(NOISE_SHARE * num_warmup), learn, lambda: noise)

@@ -5,8 +5,10 @@ from typing import NamedTuple
 import blackjax
 import jax
 import jax.numpy as jnp
+from blackjax.mcmc.metrics import gaussian_euclidean
 
 from bnnmcmc.errors import InputError
+from bnnmcmc.samplers import mass
 from bnnmcmc.samplers.kernel import Kernel
 from bnnmcmc.samplers.options import check_acceptance, check_jitter, check_positive
 from bnnmcmc.samplers.window import window_warmup
@@ -28,8 +30,11 @@ def hmc(
     jitter: float = 0.5,
     target_acceptance: float = 0.8,
     initial_step_size: float = 0.01,
+    metric: str = "diagonal",
+    max_rank: int = 20,
+    cutoff: float = 2.0,
 ) -> Kernel:
-    """Build Hamiltonian Monte Carlo with a diagonal metric.
+    """Build Hamiltonian Monte Carlo.
 
     The number of leapfrog steps of a draw is uniform on ``num_leapfrog - h .. num_leapfrog + h``
     with ``h = floor(jitter * num_leapfrog)``, so that no direction is in
@@ -46,6 +51,8 @@ def hmc(
         Acceptance rate the warm-up aims at, in (0, 1).
     initial_step_size : float
         Step size at the first warm-up step.
+    metric, max_rank, cutoff
+        See `nuts`.
 
     Returns
     -------
@@ -61,6 +68,7 @@ def hmc(
     check_jitter(jitter)
     check_acceptance(target_acceptance)
     check_positive(initial_step_size=initial_step_size)
+    mass.check_metric(metric, max_rank, cutoff)
     transition = blackjax.hmc.build_kernel()
     half = int(jitter * num_leapfrog)
     shortest, longest = num_leapfrog - half, num_leapfrog + half
@@ -71,11 +79,12 @@ def hmc(
     def step(key, state, params, log_density):
         key_length, key_move = jax.random.split(key)
         length = jax.random.randint(key_length, (), shortest, longest + 1)
+        used = params.inverse_mass_matrix
         new, info = transition(
-            key_move, state, log_density, params.step_size, params.inverse_mass_matrix, length
+            key_move, state, log_density, params.step_size, blackjax_metric(used), length
         )
         # blackjax gives the proposal's energy, also of a proposal that was turned down.
-        kinetic = 0.5 * jnp.sum(params.inverse_mass_matrix * jnp.square(info.momentum))
+        kinetic = mass.kinetic(used, info.momentum)
         return new, HMCInfo(
             new.logdensity,
             jnp.where(info.is_accepted, info.energy, kinetic - state.logdensity),
@@ -86,7 +95,31 @@ def hmc(
         )
 
     def warmup(num_steps: int):
-        return window_warmup(step, num_steps, initial_step_size, target_acceptance)
+        options = initial_step_size, target_acceptance, metric, max_rank, cutoff
+        return window_warmup(step, lambda state: state.logdensity_grad, num_steps, *options)
 
     fixed = num_leapfrog if shortest == longest else None
-    return Kernel("hmc", init, warmup, step, exact=True, gradients_per_step=fixed)
+    return Kernel(
+        "hmc",
+        init,
+        warmup,
+        step,
+        exact=True,
+        gradients_per_step=fixed,
+        wanted={"acceptance_rate": target_acceptance},
+    )
+
+
+def blackjax_metric(metric: mass.Metric):
+    """Return the metric as blackjax takes it, with the root of a dense one as it is."""
+    if not isinstance(metric, mass.Dense):
+        return metric
+    plain = gaussian_euclidean(jnp.ones(metric.inverse.shape[0], metric.inverse.dtype))
+
+    def sample_momentum(key, position):
+        return mass.momentum(metric, plain.sample_momentum(key, position))
+
+    def kinetic_energy(momentum, position=None):
+        return mass.kinetic(metric, momentum)
+
+    return plain._replace(sample_momentum=sample_momentum, kinetic_energy=kinetic_energy)

@@ -5,8 +5,9 @@ one chain; the block loop advances many. A minibatch kernel sees, besides, the l
 estimated from a few of the rows that it is a sum over.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -111,17 +112,21 @@ class Kernel(NamedTuple):
     name : str
     init : callable
         ``init(key, position, log_density) -> State``; a State is a NamedTuple with a field
-        ``position`` (size,) and a field ``logdensity``.
+        ``position`` (size,) and a field ``logdensity`` (scalar).
     warmup : callable
         ``warmup(num_steps) -> Warmup``.
     step : callable
-        ``step(key, state, params, log_density) -> (State, Info)``.
+        ``step(key, state, params, log_density) -> (State, Info)``; an Info is a NamedTuple of
+        scalars, named by `REDUCTIONS`, with at least ``log_density``.
     exact : bool
         Whether the kernel leaves the target invariant (unadjusted kernels have a bias).
     gradients_per_step : int or None
         Gradient evaluations in one step, None if it varies.
     trajectories : Trajectories, optional
         The parts of ``step``, if it is a trajectory of varying length.
+    wanted : mapping
+        What the kernel aims at, or cannot exceed, by the name of the statistic: its target
+        "acceptance_rate", the greatest "tree_depth", the "energy_error_squared" it is tuned for.
     """
 
     name: str
@@ -131,6 +136,7 @@ class Kernel(NamedTuple):
     exact: bool
     gradients_per_step: int | None
     trajectories: Trajectories | None = None
+    wanted: Mapping[str, float] = MappingProxyType({})
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,7 +164,7 @@ class RowDensity:
         return self.log_prior(position) + self.log_likelihood(position, *data)
 
 
-class Target(NamedTuple):
+class RowTarget(NamedTuple):
     r"""What a minibatch kernel sees: a log-density over a flat vector, whole and estimated.
 
     Parameters
@@ -188,9 +194,9 @@ class MinibatchKernel(NamedTuple):
     batch_size : int
         Rows in a batch.
     init : callable
-        ``init(key, position, target) -> State``, as in `Kernel`, with a `Target`; sees all rows.
+        ``init(key, position, target) -> State``, as in `Kernel`, with a `RowTarget`; sees all rows.
     warmup : callable
-        ``warmup(num_steps) -> Warmup``, whose ``step`` takes the `Target`.
+        ``warmup(num_steps) -> Warmup``, whose ``step`` takes the `RowTarget`.
     sampling : callable
         ``sampling(num_warmup) -> step``, after a warm-up of so many steps; and
         ``step(key, state, params, t, target) -> (State, Info)``, where ``t`` counts from zero.
@@ -199,14 +205,17 @@ class MinibatchKernel(NamedTuple):
         estimates; ``rows`` of an Info is the number of rows looked at, each as often as it was.
     gradients_per_step : int or None
         Gradient evaluations in a step of sampling, each of a batch; None if it varies.
+    wanted : mapping
+        As in `Kernel`.
     """
 
     name: str
     batch_size: int
-    init: Callable[[jax.Array, jax.Array, Target], Any]
+    init: Callable[[jax.Array, jax.Array, RowTarget], Any]
     warmup: Callable[[int], Warmup]
     sampling: Callable[[int], Callable[..., tuple[Any, Any]]]
     gradients_per_step: int | None
+    wanted: Mapping[str, float] = MappingProxyType({})
 
     @property
     def exact(self) -> bool:

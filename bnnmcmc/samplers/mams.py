@@ -131,7 +131,7 @@ def mams(
         end, kinetic, done = jax.lax.while_loop(goes_on, advance, (start, *nought))
         error = kinetic - end.logdensity + state.logdensity
         error = jnp.where(jnp.isnan(error), jnp.inf, error)
-        rate = jnp.exp(jnp.minimum(-error, 0.0))
+        rate = _acceptance_rate(error)
         accepted = jax.random.uniform(jax.random.fold_in(key, 2), (), rate.dtype) < rate
         state = jax.tree.map(lambda new, old: jnp.where(accepted, new, old), end, start)
         return state, MAMSInfo(
@@ -146,7 +146,19 @@ def mams(
     def warmup(num_steps: int) -> Warmup:
         return _warmup(step, unadjusted, num_steps, target_acceptance)
 
-    return Kernel("mams", unadjusted.init, warmup, step, exact=True, gradients_per_step=None)
+    return Kernel(
+        "mams",
+        unadjusted.init,
+        warmup,
+        step,
+        exact=True,
+        gradients_per_step=None,
+        wanted={"acceptance_rate": target_acceptance},
+    )
+
+
+def _acceptance_rate(error: jax.Array) -> jax.Array:
+    return jnp.exp(jnp.minimum(-error, 0.0))
 
 
 def _warmup(step, unadjusted: Kernel, num_steps: int, target: float) -> Warmup:

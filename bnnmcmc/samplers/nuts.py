@@ -12,13 +12,18 @@ import jax
 import jax.numpy as jnp
 
 from bnnmcmc.errors import InputError
+from bnnmcmc.samplers import mass
 from bnnmcmc.samplers.kernel import Kernel, Trajectories, trajectory_step
+from bnnmcmc.samplers.network import network_warmup
 from bnnmcmc.samplers.options import check_acceptance, check_positive
 from bnnmcmc.samplers.window import window_warmup
 
 # A point whose energy is above that of the start by more than this ends the trajectory (the limit
 # of Stan).
 MAX_ENERGY_ERROR = 1000.0
+ADAPTATIONS = ("window", "network")
+# Trees in the first half of the tuning after a walk: the step size is not known yet.
+SHORT_DEPTH = 5
 
 
 class NUTSState(NamedTuple):
@@ -119,12 +124,22 @@ class Checkpoints(NamedTuple):
 
 
 def nuts(
-    max_depth: int = 10, target_acceptance: float = 0.8, initial_step_size: float = 0.01
+    max_depth: int = 10,
+    target_acceptance: float = 0.8,
+    initial_step_size: float = 0.01,
+    metric: str = "diagonal",
+    max_rank: int = 20,
+    cutoff: float = 2.0,
+    adaptation: str = "window",
 ) -> Kernel:
-    """Build the No-U-Turn sampler with a diagonal metric.
+    """Build the No-U-Turn sampler.
 
     The multinomial variant with biased progressive sampling and the generalised U-turn
     criterion: draws have the law of ``blackjax.nuts``.
+
+    The warm-up is Stan's (``adaptation="window"``: step size by dual averaging, metric from
+    windows of draws), or, for networks that start at an optimiser's weights, a walk of cheap
+    steps and a short tuning after it (``"network"``: `network_warmup`).
 
     Parameters
     ----------
@@ -133,7 +148,19 @@ def nuts(
     target_acceptance : float
         Mean acceptance statistic the warm-up aims at, in (0, 1).
     initial_step_size : float
-        Step size at the first warm-up step.
+        Step size at the first warm-up step; of ``adaptation="network"``, of the walk.
+    metric : str
+        ``"diagonal"``: variances. ``"low_rank"``: a diagonal, and variances in the directions
+        that differ most from it, from draws and gradients (`mass.low_rank`). ``"dense"``:
+        covariances.
+    max_rank : int
+        Most directions of a low-rank metric. A draw costs two products with a matrix
+        (size, max_rank) for each gradient, and two more now and then.
+    cutoff : float
+        Directions whose variance is within this factor of the diagonal's are left out of a
+        low-rank metric.
+    adaptation : str
+        ``"window"`` or ``"network"``.
 
     Returns
     -------
@@ -154,22 +181,24 @@ def nuts(
         raise InputError(f"sampler.max_depth: found {max_depth}, expected 1 to 20")
     check_acceptance(target_acceptance)
     check_positive(initial_step_size=initial_step_size)
+    mass.check_metric(metric, max_rank, cutoff)
+    if adaptation not in ADAPTATIONS:
+        raise InputError(
+            f"sampler.adaptation: found {adaptation!r}, expected one of {', '.join(ADAPTATIONS)}"
+        )
 
     def init(key, position, log_density):
         return NUTSState(position, *jax.value_and_grad(log_density)(position))
 
-    def scratch(position: jax.Array) -> Checkpoints:
-        rows = jnp.zeros((max_depth, *position.shape), position.dtype)
-        return Checkpoints(rows, rows, rows[:, 0])
-
-    def finished(tree: Tree) -> jax.Array:
-        return tree.diverging | tree.turning | (tree.depth == max_depth)
-
-    trajectories = Trajectories(scratch, randomise, begin, advance, finished, end)
+    trajectories = _trajectories(max_depth)
     step = trajectory_step(trajectories)
 
     def warmup(num_steps: int):
-        return window_warmup(step, num_steps, initial_step_size, target_acceptance)
+        options = initial_step_size, target_acceptance, metric, max_rank, cutoff
+        if adaptation == "network":
+            short = trajectory_step(_trajectories(min(max_depth, SHORT_DEPTH)))
+            return network_warmup(step, short, NUTSState, _walked, num_steps, *options)
+        return window_warmup(step, lambda state: state.gradient, num_steps, *options)
 
     return Kernel(
         "nuts",
@@ -179,6 +208,32 @@ def nuts(
         exact=True,
         gradients_per_step=None,
         trajectories=trajectories,
+        wanted={"acceptance_rate": target_acceptance, "tree_depth": max_depth},
+    )
+
+
+def _trajectories(max_depth: int) -> Trajectories:
+    def scratch(position: jax.Array) -> Checkpoints:
+        rows = jnp.zeros((max_depth, *position.shape), position.dtype)
+        return Checkpoints(rows, rows, rows[:, 0])
+
+    def finished(tree: Tree) -> jax.Array:
+        return tree.diverging | tree.turning | (tree.depth == max_depth)
+
+    return Trajectories(scratch, randomise, begin, advance, finished, end)
+
+
+def _walked(info) -> NUTSInfo:
+    """Return the statistics of a step of the walk: no tree, and nothing turned down."""
+    log_density = info.log_density
+    return NUTSInfo(
+        log_density,
+        -log_density,
+        jnp.where(info.diverging, 0.0, 1.0).astype(log_density.dtype),
+        jnp.zeros((), jnp.int32),
+        info.diverging,
+        info.gradients,
+        info.step_size,
     )
 
 
@@ -195,8 +250,8 @@ def randomise(key, position: jax.Array) -> Noise:
 def begin(noise: Noise, state: NUTSState, params) -> Tree:
     """Return a trajectory of one point."""
     metric = params.inverse_mass_matrix
-    momentum = noise.momentum / jnp.sqrt(metric)
-    energy = _kinetic(momentum, metric) - state.logdensity
+    momentum = mass.momentum(metric, noise.momentum)
+    energy = mass.kinetic(metric, momentum) - state.logdensity
     nought, no = jnp.zeros((), jnp.int32), jnp.asarray(False)
     start = Part(state, energy, jnp.zeros_like(energy), momentum)
     ends = (state.position, momentum, state.gradient)
@@ -223,7 +278,7 @@ def advance(tree: Tree, checkpoints: Checkpoints, params, log_density) -> tuple[
     at = jax.tree.map(lambda both: jnp.where(forwards, both[1], both[0]), tree.ends)
     step_size = jnp.where(forwards, params.step_size, -params.step_size)
     momentum = at.momentum + 0.5 * step_size * at.gradient
-    position = at.position + step_size * metric * momentum
+    position = at.position + mass.displacement(metric, step_size, momentum)
     state = NUTSState(position, *jax.value_and_grad(log_density)(position))
     momentum = momentum + 0.5 * step_size * state.gradient
     there = jnp.stack([~forwards, forwards])[:, None]
@@ -233,7 +288,7 @@ def advance(tree: Tree, checkpoints: Checkpoints, params, log_density) -> tuple[
         Ends(position, momentum, state.gradient),
         tree.ends,
     )
-    energy = _kinetic(momentum, metric) - state.logdensity
+    energy = mass.kinetic(metric, momentum) - state.logdensity
     gain = tree.start_energy - energy
     gain = jnp.where(jnp.isnan(gain), -jnp.inf, gain)
     diverging = gain < -MAX_ENERGY_ERROR
@@ -293,7 +348,7 @@ def _join(whole: Part, new: Part, ends: jax.Array, log_uniform, metric) -> tuple
     momentum_sum = whole.momentum_sum + new.momentum_sum
     log_weight = jnp.logaddexp(whole.log_weight, new.log_weight)
     state, energy = _choose(take, (new.state, new.energy), (whole.state, whole.energy))
-    towards = metric * (momentum_sum - 0.5 * (ends[0] + ends[1]))
+    towards = mass.velocity(metric, momentum_sum - 0.5 * (ends[0] + ends[1]))
     return Part(state, energy, log_weight, momentum_sum), jnp.any(ends @ towards <= 0)
 
 
@@ -310,7 +365,8 @@ def _check(
     row = jax.lax.population_count(leaf >> 1)
     odd = leaf & 1
     middle = momentum_sum - 0.5 * momentum
-    velocity, product = metric * momentum, jnp.dot(metric * momentum, middle)
+    velocity = mass.velocity(metric, momentum)
+    product = jnp.dot(velocity, middle)
     # An odd leaf begins no subtree; the row above those in use takes what is not needed.
     checkpoints = jax.tree.map(
         lambda rows, value: rows.at[row + odd].set(value),
@@ -322,15 +378,11 @@ def _check(
         complete = jax.lax.population_count(((leaf + 1) & ~leaf) - 1)
         rows = jnp.arange(len(checkpoints.product))
         at_last = product - checkpoints.middle @ velocity
-        at_first = checkpoints.momentum @ (metric * middle) - checkpoints.product
+        at_first = checkpoints.momentum @ mass.velocity(metric, middle) - checkpoints.product
         ends_here = (row - complete < rows) & (rows <= row)
         return jnp.any(ends_here & ((at_last <= 0) | (at_first <= 0)))
 
     return checkpoints, jax.lax.cond(odd == 1, turns, lambda: jnp.asarray(False))
-
-
-def _kinetic(momentum, metric) -> jax.Array:
-    return 0.5 * jnp.dot(momentum, metric * momentum)
 
 
 def _choose(condition, new, old):

@@ -134,11 +134,12 @@ def sgld(
         value, gradient = jax.value_and_grad(seen.log_density)(proposal)
         kept = jnp.isfinite(value) & jnp.isfinite(gradient @ gradient)
         new = SGLDState(proposal, value, gradient, seen.anchor)
-        state = state._replace(anchor=seen.anchor)
-        state = jax.tree.map(lambda a, b: jnp.where(kept, a, b), new, state)
-        return state, BatchInfo(
-            state.logdensity, ~kept, seen.gradients + 1, seen.rows + batch_size, epsilon
+        old = state._replace(anchor=seen.anchor)
+        after = jax.tree.map(lambda a, b: jnp.where(kept, a, b), new, old)
+        info = BatchInfo(
+            after.logdensity, ~kept, seen.gradients + 1, seen.rows + batch_size, epsilon
         )
+        return after, info, seen.squared_noise(state.logdensity_grad, after.logdensity_grad)
 
     def schedule_for(num_warmup):
         return step_sizes(schedule, initial_step_size, step_size, num_warmup, cycle)
@@ -165,8 +166,8 @@ def scheduled_warmup(
     Parameters
     ----------
     step : callable
-        ``step(key, state, t, ScaledStep, target) -> (State, Info)``; the State has
-        ``logdensity_grad``.
+        ``step(key, state, t, ScaledStep, target) -> (State, Info, squared noise)``, the last as by
+        `Landscape.squared_noise`.
     size_at : callable
         ``size_at(t) -> epsilon``, ``t`` counting from the first warm-up step.
     step_size : float
@@ -185,11 +186,10 @@ def scheduled_warmup(
 
     def warm(key, state, noise: Noise, t, target):
         epsilon = jnp.asarray(jnp.where(t < still, 0.0, size_at(t)), state.position.dtype)
-        before = state.logdensity_grad
-        state, info = step(key, state, t, ScaledStep(epsilon, noise.scale), target)
+        state, info, squared = step(key, state, t, ScaledStep(epsilon, noise.scale), target)
         if damping is not None:
-            after, share = state.logdensity_grad, batch_size / target.rows
-            noise = learn_noise(noise, before, after, t, num_steps, share, damping)
+            share = batch_size / target.rows
+            noise = learn_noise(noise, squared, t, num_steps, share, damping)
         return state, noise, info
 
     def finish(noise: Noise):
@@ -205,6 +205,6 @@ def scheduled_step(step, size_at, step_size: float, num_warmup: int):
         # The schedule relative to its end, which is a parameter of the chain.
         share = jnp.asarray(size_at(t + num_warmup) / step_size, state.position.dtype)
         now = params._replace(step_size=params.step_size * share)
-        return step(key, state, t, now, target)
+        return step(key, state, t, now, target)[:2]
 
     return scheduled

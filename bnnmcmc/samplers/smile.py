@@ -150,7 +150,7 @@ def smile(
             first_anchor(position, anchor, target),
         )
 
-    def advance(key, state: SMILEState, params: SMILEParams, log_density, begin):
+    def advance(state: SMILEState, params: SMILEParams, log_density, begin):
         """Take a step from what is known at ``begin`` = (value, gradient) on one landscape."""
         rule = integrators.isokinetic_velocity_verlet(log_density, jnp.square(params.scale))
         start = integrators.IntegratorState(state.position, state.momentum, *begin)
@@ -183,7 +183,7 @@ def smile(
             key_batch, key_turn = jax.random.split(key)
             seen = see(key_batch, state, t, target)
             begin = state.logdensity, state.logdensity_grad
-            moved, _, kept = advance(key, state, params, seen.log_density, begin)
+            moved, _, kept = advance(state, params, seen.log_density, begin)
             state = settle(key_turn, state, params, moved, kept, seen.anchor)
             return state, SMILEInfo(
                 state.logdensity,
@@ -213,15 +213,16 @@ def smile(
             params = SMILEParams(tuned.step_size, tuned.decoherence_length, a.noise.scale)
             seen = see(key_batch, state, t, target)
             begin = jax.value_and_grad(seen.log_density)(state.position)
-            moved, energy_change, finite = advance(key, state, params, seen.log_density, begin)
+            moved, energy_change, finite = advance(state, params, seen.log_density, begin)
             dimension = state.position.shape[0]
             limit = max(MAX_ENERGY_ERROR, 30.0 * dimension**0.5)
             kept = finite & (jnp.abs(energy_change) <= limit)
             noise = a.noise
             if precondition:
                 # Both gradients are of this position: of the last step's batch, and of this one's.
-                share, before = batch_size / target.rows, state.logdensity_grad
-                noise = learn_noise(noise, before, begin[1], t, num_steps, share, damping)
+                squared = seen.squared_noise(state.logdensity_grad, begin[1])
+                share = batch_size / target.rows
+                noise = learn_noise(noise, squared, t, num_steps, share, damping)
             state = settle(key_turn, state, params, moved, kept, seen.anchor)
             info = SMILEWarmupInfo(
                 state.logdensity,

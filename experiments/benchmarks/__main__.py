@@ -24,6 +24,7 @@ BENCHMARKS = {
     "gradients": "gradient throughput over the GEMM peak, beside vmap of a row-major MLP",
     "steps": "MCLMC and HMC steps over their gradients",
     "nuts_lockstep": "NUTS beside jax.vmap(blackjax.nuts)",
+    "nuts_warmup": "trees of NUTS on a network after our warm-ups and after that of blackjax",
     "startup": "time to --help and to the first line of progress",
     "compilation": "seconds of compilation per stage, cold and from the cache",
     "memory": "peak memory against the number of kept draws",
@@ -31,7 +32,7 @@ BENCHMARKS = {
     "time_to_lppd": "time until the peer's final LPPD is reached",
 }
 # These compute in their own process; the others start processes, and do without JAX themselves.
-COMPUTING = ("gradients", "steps", "nuts_lockstep")
+COMPUTING = ("gradients", "steps", "nuts_lockstep", "nuts_warmup")
 PACKAGE = "experiments.benchmarks"
 
 app = cyclopts.App(name="python -m experiments.benchmarks", result_action="return_value")
@@ -53,8 +54,8 @@ def main(
     Parameters
     ----------
     names
-        Which benchmarks: gradients, steps, nuts_lockstep, startup, compilation, memory,
-        whole_fit, time_to_lppd. All if not given.
+        Which benchmarks: gradients, steps, nuts_lockstep, nuts_warmup, startup, compilation,
+        memory, whole_fit, time_to_lppd. All if not given.
     data
         Folder with airfoil.data; without it the table is fetched from OpenML.
     peer
