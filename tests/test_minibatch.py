@@ -16,8 +16,17 @@ from conftest import TINY
 from scipy.linalg import solve_discrete_lyapunov
 from test_resume import assert_equal_runs
 
+from bnnmcmc.build import make_kernel
+from bnnmcmc.config import parse
 from bnnmcmc.errors import InputError
+from bnnmcmc.health import chain_statuses
+from bnnmcmc.likelihoods import gaussian
+from bnnmcmc.models.mlp import mlp
 from bnnmcmc.placement import place, replicate
+from bnnmcmc.posterior import Posterior
+from bnnmcmc.preflight import gradient_counts
+from bnnmcmc.priors import hierarchical
+from bnnmcmc.run import sample
 from bnnmcmc.samplers.batches import SCHEDULES, draw_batch, first_anchor, landscape, step_sizes
 from bnnmcmc.samplers.kernel import RowDensity, RowTarget
 from bnnmcmc.samplers.mclmc import mclmc
@@ -33,6 +42,7 @@ from bnnmcmc.sampling import (
     sample_density,
     start_chains,
 )
+from bnnmcmc.targets import Target
 from bnnmcmc.trees import flatten_stacked, layout
 
 ROWS, SIZE, BATCH, SIGMA = 600, 3, 60, 1.0
@@ -472,6 +482,91 @@ def test_kernels_that_see_all_rows_take_such_a_density_too():
     assert samples.draws.shape == (2, 5, SIZE)
 
 
+def test_scaled_layers_and_a_target_work_on_batches():
+    """A position then holds raw parameters and scales, and sampling ends when the target is met."""
+    posterior = Posterior(mlp(3, [4], 1), gaussian(scale=0.5), hierarchical())
+    members = jax.vmap(posterior.init)(jax.random.split(jax.random.key(0), 2))
+    x, y = X[:200].astype(np.float32), Y[:200, None].astype(np.float32)
+    kernel = smile(batch_size=20, anchor=10)
+    run = sample(
+        posterior, members, x, y, kernel=kernel, warmup=500, draws=2000, until=Target(ess=20)
+    )
+    assert run.checks[-1]["ess"] >= 20
+    assert run.draws.draws < 2000
+    drawn = run.load_draws()
+    assert np.ptp(drawn["prior"]["layer0"]["log_scale"], axis=1).min() > 0
+    assert [status.status for status in run.status] == ["ok", "ok"]
+
+
+def test_advice_names_the_option_that_lowers_the_step_size():
+    """The energy error is known in the warm-up alone, so a draw's statistics do not have it."""
+    stats = {
+        "log_density": np.random.default_rng(0).normal(size=(2, 50)),
+        "diverging": np.full((2, 50), 1),
+        "step_size": np.full((2, 50), 0.1),
+        "rows": np.full((2, 50), 256),
+    }
+    for more, option in (
+        ({}, "sampler.step_size"),
+        ({"decoherence_length": np.ones((2, 50))}, "sampler.energy_variance_end"),
+    ):
+        statuses = chain_statuses(stats | more, np.ones(2, bool), 5)
+        assert [status.status for status in statuses] == ["diverging"] * 2
+        assert statuses[0].sentence.endswith(f"lower the step size: {option}.")
+
+
+def of_table(**sampler):
+    return parse({"data": {"path": "t.csv"}, "sampler": sampler}, "")
+
+
+def test_the_cost_is_in_gradients_over_all_rows():
+    steps = {"warmup": 100, "draws": 10, "thin": 15, "batch_size": 50}
+    plain = of_table(kernel="sgld", **steps)
+    assert gradient_counts(plain, 1000) == (250 / 20,) * 2
+    anchored = of_table(kernel="sghmc", anchor=40, **steps)
+    assert gradient_counts(anchored, 1000) == (2 * 250 / 20 + 3 + 4,) * 2
+    # Held to what is counted, the start apart.
+    kernel = smile(batch_size=BATCH, anchor=40)
+    samples = draw(kernel, warmup=100, draws=10, thin=15)
+    counted = samples.stats["rows"].sum() + samples.warmup_stats["rows"].sum()
+    config = of_table(kernel="smile", anchor=40, **{**steps, "batch_size": BATCH})
+    assert gradient_counts(config, ROWS)[0] == pytest.approx(counted / CHAINS / ROWS)
+
+
+def own_sgld(batch_size: int = 30, start: float = 1e-5):
+    return sgld(batch_size, step_size=start, initial_step_size=start)._replace(name="mine")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"batch_size": 0}, "found batch_size 0, expected a whole number, at least 1"),
+        ({"batch_size": 7.0}, "found batch_size 7.0, expected a whole number"),
+        ({"sampling": lambda n: None}, "sampling returned a NoneType, expected the function"),
+        ({"sampling": lambda n: lambda *a: 1 / 0}, "step failed: ZeroDivisionError"),
+        (
+            {"sampling": lambda n: lambda key, state, params, t, target: state},
+            "step returned a SGLDState, expected",
+        ),
+        ({"init": lambda key, position, target: position}, "init returned a "),
+    ],
+)
+def test_a_minibatch_kernel_of_ones_own_is_checked(change, message):
+    starts = np.tile(exact()[0], (2, 1))
+    with pytest.raises(InputError, match=f"kernel 'mine': {message}"):
+        sample_density(LINEAR, starts, kernel=own_sgld()._replace(**change), data=(X, Y))
+
+
+def test_a_minibatch_kernel_of_ones_own_by_name():
+    config = of_table(kernel="test_minibatch:own_sgld", options={"batch_size": 50}, warmup=100)
+    kernel = make_kernel(config)
+    assert (kernel.name, kernel.batch_size) == ("mine", 50)
+    assert gradient_counts(config, 1000) == (1100 / 20,) * 2
+    starts = np.tile(exact()[0], (2, 1))
+    samples = sample_density(LINEAR, starts, kernel=kernel, warmup=10, draws=10, data=(X, Y))
+    assert np.all(np.ptp(samples.draws, axis=1) > 0)
+
+
 SETTINGS = ["sampler.batch_size=16", "sampler.warmup=60", "sampler.thin=3", "sampler.anchor=4"]
 
 
@@ -483,7 +578,7 @@ def test_a_run_with_added_draws_is_the_longer_run(tiny, here, name):
     (tiny / "tiny.toml").write_text(text)
     assert tomllib.loads(text)["sampler"]["kernel"] == name
     for folder, draws in (("one", 10), ("two", 20)):
-        settings = [*SETTINGS, f"sampler.draws={draws}"]
+        settings = [*SETTINGS, "prior.hierarchical=true", f"sampler.draws={draws}"]
         code, _, err = here("run", "tiny.toml", "--out", folder, "--set", *settings, cwd=tiny)
         assert code == 0, err
     code, _, err = here("resume", "one", "--draws", "10", cwd=tiny)

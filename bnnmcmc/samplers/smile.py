@@ -95,6 +95,14 @@ def smile(
     that loses more energy than :math:`\max(1000, 30 \sqrt d)`, and any step that leaves the finite
     numbers, is taken back and counts as diverging.
 
+    Bias. It comes from the length of the steps (as in `mclmc`) and from the batches, and was
+    measured by simulation-based calibration of a 1-4-1 tanh network on 20 rows, in batches of 10;
+    given is how far ranks were off, of 1, in function values and in log-likelihood or log prior.
+    With an energy variance of 1e-3: 0.02 and 0.05 with anchors every 5 steps (chance alone makes
+    about 0.04), 0.07 and 0.22 without. With the default of 0.5: 0.13 and 0.36 with them, 0.14 and
+    0.40 without. So the default is for the predictions of networks on large tables, not for the
+    spread of weights.
+
     The idea (preconditioning by gradient noise, tuning by the energy variance) is that of the paper
     cited; the estimate of the noise, the damping, and the energy error on one batch are this
     library's own and may differ from it.
@@ -220,9 +228,8 @@ def smile(
             noise = a.noise
             if precondition:
                 # Both gradients are of this position: of the last step's batch, and of this one's.
-                squared = seen.squared_noise(state.logdensity_grad, begin[1])
-                share = batch_size / target.rows
-                noise = learn_noise(noise, squared, t, num_steps, share, damping)
+                share, before = batch_size / target.rows, state.logdensity_grad
+                noise = learn_noise(noise, before, begin[1], t, num_steps, share, damping)
             state = settle(key_turn, state, params, moved, kept, seen.anchor)
             info = SMILEWarmupInfo(
                 state.logdensity,
