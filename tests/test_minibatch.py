@@ -248,6 +248,15 @@ def test_scales_are_those_of_the_noise(make, options):
     )
 
 
+@pytest.mark.parametrize("make", [sgld, sghmc])
+def test_anchors_do_not_make_the_scales_longer(make):
+    """Step sizes are in units of them: with scales of the noise that is left, steps would burst."""
+    samples = draw(make(batch_size=BATCH, anchor=10), warmup=2000, draws=10, thin=1)
+    noise = np.diag(noise_covariance(BATCH, np.linalg.inv(exact()[1]), exact()[0]))
+    expected = (1 + noise * BATCH / ROWS) ** -0.5
+    np.testing.assert_allclose(samples.params.scale, np.tile(expected, (CHAINS, 1)), rtol=0.15)
+
+
 def test_before_the_scales_are_known_the_chain_stays():
     samples = draw(sgld(batch_size=BATCH), warmup=200, draws=10, thin=1)
     still = samples.warmup_stats["step_size"] == 0

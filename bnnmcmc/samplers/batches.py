@@ -64,12 +64,15 @@ class Landscape(NamedTuple):
         ``log_density(position) -> scalar``, an unbiased estimate, with an unbiased gradient.
     anchor : Anchor or None
         To be carried on.
+    error : array (size,) or None
+        How far off the batch's gradient is at the anchor, where that over all rows is known.
     gradients, rows : int32
         What has been paid for it so far: gradients, and rows looked at.
     """
 
     log_density: Callable[[jax.Array], jax.Array]
     anchor: Anchor | None
+    error: jax.Array | None
     gradients: jax.Array
     rows: jax.Array
 
@@ -130,7 +133,7 @@ def landscape(
         return jnp.asarray(number, jnp.int32)
 
     if anchor is None:
-        return Landscape(lambda p: target.estimate(p, batch), None, count(0), count(0))
+        return Landscape(lambda p: target.estimate(p, batch), None, None, count(0), count(0))
     moves = t % every == 0
     at = jax.lax.cond(moves, lambda: _anchor_at(position, target), lambda: anchor)
     value, gradient = jax.value_and_grad(target.estimate)(at.position, batch)
@@ -138,6 +141,7 @@ def landscape(
     return Landscape(
         lambda p: target.estimate(p, batch) + height + slope @ (p - at.position),
         at,
+        slope,
         count(1) + moves,
         batch_size + moves * count(target.rows),
     )
@@ -157,8 +161,7 @@ def no_noise(position: jax.Array) -> Noise:
 
 def learn_noise(
     noise: Noise,
-    before: jax.Array,
-    after: jax.Array,
+    squared: jax.Array,
     t: jax.Array,
     num_warmup: int,
     batch_share: float,
@@ -166,15 +169,14 @@ def learn_noise(
 ) -> Noise:
     r"""Add to what is known of the noise, in the first three quarters of a warm-up.
 
-    .. math:: V_i \approx \tfrac12 (\hat g_{b,i} - \hat g_{b',i})^2, \quad
-              s_i = (\lambda + \tfrac{B}{N} V_i)^{-1/2}
+    .. math:: s_i = (\lambda + \tfrac{B}{N} V_i)^{-1/2}
 
-    with :math:`\hat g_b` and :math:`\hat g_{b'}` what two batches show at one position, or at two
-    close ones; V is the mean over the steps so far, at most about the last 1000. Without anchors,
-    :math:`\tfrac{B}{N} V_i` is the observed Fisher information, so :math:`s_i` is about the
-    coordinate's conditional scale in the posterior if :math:`\lambda` is the prior's precision.
-    With anchors V is the variance that control variates leave, so gradients are scaled by the noise
-    that they have; scales are longer and more alike then.
+    V is the mean of what the steps so far have shown of the variance, at most about the last 1000:
+    :math:`\tfrac12 (\hat g_{b,i} - \hat g_{b',i})^2` of what two batches show at one position, or
+    at two close ones, or :math:`(\hat g_{b,i}(a) - g_i(a))^2` at an anchor. If it is that of
+    gradients without control variates, :math:`\tfrac{B}{N} V_i` is the observed Fisher information,
+    so :math:`s_i` is about the coordinate's conditional scale in the posterior if :math:`\lambda`
+    is the prior's precision. With them V is less, and scales are longer and more alike.
 
     The scales are fixed for the draws, so these need no correction for scales that change with the
     position (the term :math:`\Gamma` of Riemannian methods); the warm-up goes without it.
@@ -182,8 +184,8 @@ def learn_noise(
     Parameters
     ----------
     noise : Noise
-    before, after : array (size,)
-        The two gradients.
+    squared : array (size,)
+        What this step shows of the variance.
     t : int32
         Number of the step, from 0.
     num_warmup : int
@@ -194,8 +196,8 @@ def learn_noise(
     """
 
     def learn() -> Noise:
-        weight = 1.0 / jnp.minimum(t + 1, NOISE_MEMORY).astype(after.dtype)
-        variance = noise.variance + weight * (jnp.square(after - before) / 2 - noise.variance)
+        weight = 1.0 / jnp.minimum(t + 1, NOISE_MEMORY).astype(squared.dtype)
+        variance = noise.variance + weight * (squared - noise.variance)
         return Noise(variance, jax.lax.rsqrt(damping + batch_share * variance))
 
     return jax.lax.cond(t < round(NOISE_SHARE * num_warmup), learn, lambda: noise)

@@ -17,7 +17,7 @@ from bnnmcmc.samplers.batches import (
 )
 from bnnmcmc.samplers.kernel import MinibatchKernel
 from bnnmcmc.samplers.options import check_positive
-from bnnmcmc.samplers.sgld import BatchInfo, scheduled_step, scheduled_warmup
+from bnnmcmc.samplers.sgld import BatchInfo, scheduled_step, scheduled_warmup, squared_noise
 
 
 class SGHMCState(NamedTuple):
@@ -131,10 +131,11 @@ def sghmc(
         fresh = jax.random.normal(key_fresh, state.momentum.shape, state.momentum.dtype)
         new = SGHMCState(scale * moved, value, gradient, momentum, seen.anchor)
         old = state._replace(momentum=fresh, anchor=seen.anchor)
-        state = jax.tree.map(lambda a, b: jnp.where(kept, a, b), new, old)
-        return state, BatchInfo(
-            state.logdensity, ~kept, seen.gradients + 1, seen.rows + batch_size, epsilon
+        after = jax.tree.map(lambda a, b: jnp.where(kept, a, b), new, old)
+        info = BatchInfo(
+            after.logdensity, ~kept, seen.gradients + 1, seen.rows + batch_size, epsilon
         )
+        return after, info, squared_noise(seen, state, after)
 
     def schedule_for(num_warmup):
         return step_sizes(schedule, initial_step_size, step_size, num_warmup, cycle)

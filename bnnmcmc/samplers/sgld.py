@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from bnnmcmc.samplers.batches import (
     Anchor,
+    Landscape,
     Noise,
     check_anchor,
     check_batches,
@@ -137,10 +138,11 @@ def sgld(
         kept = jnp.isfinite(value) & jnp.isfinite(gradient @ gradient)
         new = SGLDState(proposal, value, gradient, seen.anchor)
         old = state._replace(anchor=seen.anchor)
-        state = jax.tree.map(lambda a, b: jnp.where(kept, a, b), new, old)
-        return state, BatchInfo(
-            state.logdensity, ~kept, seen.gradients + 1, seen.rows + batch_size, epsilon
+        after = jax.tree.map(lambda a, b: jnp.where(kept, a, b), new, old)
+        info = BatchInfo(
+            after.logdensity, ~kept, seen.gradients + 1, seen.rows + batch_size, epsilon
         )
+        return after, info, squared_noise(seen, state, after)
 
     def schedule_for(num_warmup):
         return step_sizes(schedule, initial_step_size, step_size, num_warmup, cycle)
@@ -159,6 +161,17 @@ def sgld(
     )
 
 
+def squared_noise(seen: Landscape, before, after) -> jax.Array:
+    """Return what a step from one State to another shows of a batch's noise, by coordinate (size,).
+
+    Of gradients without control variates, with anchors too: step sizes are given in units of the
+    scales, which would otherwise grow as anchors take noise out, and steps become unstable.
+    """
+    if seen.error is not None:
+        return jnp.square(seen.error)
+    return jnp.square(after.logdensity_grad - before.logdensity_grad) / 2
+
+
 def scheduled_warmup(
     step, size_at, step_size: float, num_steps: int, batch_size: int, damping: float | None
 ) -> Warmup:
@@ -167,8 +180,8 @@ def scheduled_warmup(
     Parameters
     ----------
     step : callable
-        ``step(key, state, t, ScaledStep, target) -> (State, Info)``; the State has
-        ``logdensity_grad``.
+        ``step(key, state, t, ScaledStep, target) -> (State, Info, squared noise)``, the last as by
+        `squared_noise`.
     size_at : callable
         ``size_at(t) -> epsilon``, ``t`` counting from the first warm-up step.
     step_size : float
@@ -187,11 +200,10 @@ def scheduled_warmup(
 
     def warm(key, state, noise: Noise, t, target):
         epsilon = jnp.asarray(jnp.where(t < still, 0.0, size_at(t)), state.position.dtype)
-        before = state.logdensity_grad
-        state, info = step(key, state, t, ScaledStep(epsilon, noise.scale), target)
+        state, info, squared = step(key, state, t, ScaledStep(epsilon, noise.scale), target)
         if damping is not None:
-            after, share = state.logdensity_grad, batch_size / target.rows
-            noise = learn_noise(noise, before, after, t, num_steps, share, damping)
+            share = batch_size / target.rows
+            noise = learn_noise(noise, squared, t, num_steps, share, damping)
         return state, noise, info
 
     def finish(noise: Noise):
@@ -207,6 +219,6 @@ def scheduled_step(step, size_at, step_size: float, num_warmup: int):
         # The schedule relative to its end, which is a parameter of the chain.
         share = jnp.asarray(size_at(t + num_warmup) / step_size, state.position.dtype)
         now = params._replace(step_size=params.step_size * share)
-        return step(key, state, t, now, target)
+        return step(key, state, t, now, target)[:2]
 
     return scheduled

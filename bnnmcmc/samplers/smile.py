@@ -84,10 +84,10 @@ def smile(
     The dynamics of `mclmc` with each gradient that of a batch of B of the N rows. Its momentum is a
     direction: gradient noise that is alike in all directions only turns it, as the noise does that
     the dynamics add anyway, and leaves the law of the positions alone; noise that is not heats the
-    noisy coordinates. So each coordinate is scaled by :math:`s_i = (\lambda + V_i B / N)^{-1/2}`,
-    V the variance of its gradient's noise (see `batches.learn_noise`). A step of sampling goes half
-    a step with the last gradient, moves, and goes half a step with the new one, of a new batch (one
-    gradient a step); then the direction turns a little, as in `mclmc`.
+    noisy coordinates. So each coordinate is scaled by :math:`s_i = (\lambda + V_i B / N)^{-1/2}`, V
+    the variance of its gradient's noise (see `batches.learn_noise`), or what anchors leave of it. A
+    step of sampling goes half a step with the last gradient, moves, and goes half a step with the
+    new one, of a new batch (one gradient a step); then the direction turns a little, as in `mclmc`.
 
     A step of the warm-up stays on one batch (two gradients): its energy error, on the density that
     the batch shows, is that of the step size alone. Step size and L are tuned by it as in `mclmc`,
@@ -228,8 +228,10 @@ def smile(
             noise = a.noise
             if precondition:
                 # Both gradients are of this position: of the last step's batch, and of this one's.
-                share, before = batch_size / target.rows, state.logdensity_grad
-                noise = learn_noise(noise, before, begin[1], t, num_steps, share, damping)
+                # With anchors, it is what control variates leave: the noise of the steps to come.
+                squared = jnp.square(begin[1] - state.logdensity_grad) / 2
+                share = batch_size / target.rows
+                noise = learn_noise(noise, squared, t, num_steps, share, damping)
             state = settle(key_turn, state, params, moved, kept, seen.anchor)
             info = SMILEWarmupInfo(
                 state.logdensity,
