@@ -48,10 +48,15 @@ if TYPE_CHECKING:
     from bnnmcmc.run import sample as sample
     from bnnmcmc.samplers.hmc import hmc as hmc
     from bnnmcmc.samplers.kernel import Kernel as Kernel
+    from bnnmcmc.samplers.kernel import MinibatchKernel as MinibatchKernel
+    from bnnmcmc.samplers.kernel import RowDensity as RowDensity
     from bnnmcmc.samplers.kernel import Warmup as Warmup
     from bnnmcmc.samplers.mams import mams as mams
     from bnnmcmc.samplers.mclmc import mclmc as mclmc
     from bnnmcmc.samplers.nuts import nuts as nuts
+    from bnnmcmc.samplers.sghmc import sghmc as sghmc
+    from bnnmcmc.samplers.sgld import sgld as sgld
+    from bnnmcmc.samplers.smile import smile as smile
     from bnnmcmc.sampling import Samples as Samples
     from bnnmcmc.sampling import sample_density as sample_density
     from bnnmcmc.targets import Target as Target
@@ -65,10 +70,12 @@ _HOMES = {
     "Kernel": "samplers.kernel.Kernel",
     "LeafPrior": "priors.LeafPrior",
     "Likelihood": "likelihoods.Likelihood",
+    "MinibatchKernel": "samplers.kernel.MinibatchKernel",
     "Network": "models.network.Network",
     "Posterior": "posterior.Posterior",
     "Prediction": "prediction.Prediction",
     "Prior": "priors.Prior",
+    "RowDensity": "samplers.kernel.RowDensity",
     "Run": "run.Run",
     "Samples": "sampling.Samples",
     "Split": "data.Split",
@@ -92,6 +99,9 @@ _HOMES = {
     "read_table": "data.read_table",
     "sample": "run.sample",
     "sample_density": "sampling.sample_density",
+    "sghmc": "samplers.sghmc.sghmc",
+    "sgld": "samplers.sgld.sgld",
+    "smile": "samplers.smile.smile",
     "table_from_arrays": "data.table_from_arrays",
     "use_all_cores": "placement.use_all_cores",
     "use_compilation_cache": "compilation.use_compilation_cache",

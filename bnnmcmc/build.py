@@ -31,7 +31,7 @@ from bnnmcmc.placement import Placement
 from bnnmcmc.posterior import Posterior, activation_bytes, position_shapes
 from bnnmcmc.processes import Group, share_of
 from bnnmcmc.samplers.contract import check_kernel
-from bnnmcmc.samplers.kernel import Kernel
+from bnnmcmc.samplers.kernel import Kernel, MinibatchKernel
 from bnnmcmc.samplers.kronecker import blocks, elements
 from bnnmcmc.samplers.mass import MAX_WINDOW_DRAWS
 from bnnmcmc.samplers.table import KERNELS
@@ -174,14 +174,14 @@ def make_posterior(config: Config, encoding: Encoding) -> Posterior:
     return Posterior(network, likelihood, make_prior(config))
 
 
-def make_kernel(config: Config) -> Kernel:
+def make_kernel(config: Config) -> Kernel | MinibatchKernel:
     """Build the kernel with the options of [sampler].
 
     Raises
     ------
     InputError
         A kernel of the user's own cannot be imported or called with these options, or is no
-        `Kernel`.
+        `Kernel` or `MinibatchKernel`.
     """
     sampler = config.sampler
     if isinstance(sampler, OwnKernelConfig):
@@ -190,13 +190,13 @@ def make_kernel(config: Config) -> Kernel:
     return KERNELS[sampler.kernel](**sampler.model_dump(exclude=common))
 
 
-def _own_kernel(reference: str, options: dict[str, Any]) -> Kernel:
+def _own_kernel(reference: str, options: dict[str, Any]) -> Kernel | MinibatchKernel:
     """Call the user's ``module:function(**options)``."""
     function = import_object("sampler.kernel", reference)
     if not callable(function):
         raise InputError(
             f"sampler.kernel: {reference} is a {type(function).__name__}, expected a function "
-            "that returns a bnnmcmc.Kernel"
+            "that returns a bnnmcmc.Kernel or a bnnmcmc.MinibatchKernel"
         )
     try:
         inspect.signature(function).bind(**options)
@@ -213,10 +213,10 @@ def _own_kernel(reference: str, options: dict[str, Any]) -> Kernel:
         raise InputError(
             f"sampler.kernel: {reference}({given}) failed: {type(error).__name__}: {error}"
         ) from error
-    if not isinstance(kernel, Kernel):
+    if not isinstance(kernel, Kernel | MinibatchKernel):
         raise InputError(
             f"sampler.kernel: {reference} returned a {type(kernel).__name__}, expected a "
-            "bnnmcmc.Kernel"
+            "bnnmcmc.Kernel or a bnnmcmc.MinibatchKernel"
         )
     return kernel
 

@@ -431,7 +431,131 @@ class OwnKernelConfig(SamplerSection):
     options: dict[str, Any] = Field(default={}, description="arguments of the function")
 
 
-SAMPLERS = {"mclmc": MCLMCConfig, "mams": MAMSConfig, "nuts": NUTSConfig, "hmc": HMCConfig}
+class MinibatchSection(SamplerSection):
+    """What the minibatch samplers share."""
+
+    batch_size: int = Field(default=256, ge=1, description="rows per step")
+    anchor: int = Field(
+        default=0,
+        ge=0,
+        description="control variates: steps between two gradients over all rows; 0 for none",
+    )
+    precondition: bool = Field(
+        default=True, description="scale each coordinate by the noise of its gradient"
+    )
+    damping: float = Field(
+        default=1.0, gt=0, description="of these scales: about the prior's precision"
+    )
+
+    @field_validator("damping")
+    @classmethod
+    def _damping_is_used(cls, value, info):
+        if not info.data.get("precondition", True) and value != cls.model_fields["damping"].default:
+            raise ValueError("needs precondition = true; remove it")
+        return value
+
+
+class ScheduledSection(MinibatchSection):
+    """What the minibatch samplers with a schedule of the step size share."""
+
+    step_size: float = Field(default=1e-3, gt=0, description="at the end of the schedule")
+    initial_step_size: float = Field(
+        default=1e-2, gt=0, description="at the first warm-up step, at least step_size"
+    )
+    schedule: Literal["constant", "cosine", "polynomial", "cyclic"] = Field(
+        default="cosine",
+        description="cosine: over the warm-up, then constant; polynomial: goes on falling; cyclic: "
+        "over and over again",
+    )
+    cycle: int = Field(default=0, ge=0, description="steps of a cycle of the cyclic schedule")
+
+    @field_validator("initial_step_size")
+    @classmethod
+    def _steps_fall(cls, value, info):
+        last = info.data.get("step_size", 0.0)
+        if value < last:
+            raise ValueError(f"found {value}, expected at least sampler.step_size, {last}")
+        return value
+
+    @field_validator("schedule")
+    @classmethod
+    def _first_size_is_used(cls, value, info):
+        if value == "constant" and _changed(cls, info.data, "initial_step_size"):
+            raise ValueError("'constant' has no other step size at first; remove initial_step_size")
+        return value
+
+    @field_validator("cycle")
+    @classmethod
+    def _cycle_fits(cls, value, info):
+        cyclic = info.data.get("schedule", "of a wrong type")
+        if cyclic == "cyclic" and value < 2:
+            raise ValueError(f"found {value}, expected at least 2 with schedule = 'cyclic'")
+        if value and cyclic in ("constant", "cosine", "polynomial"):
+            raise ValueError("needs schedule = 'cyclic'; remove it")
+        return value
+
+
+class SGLDConfig(ScheduledSection):
+    """[sampler] kernel = "sgld": stochastic gradient Langevin dynamics, on batches of rows."""
+
+    kernel: Literal["sgld"]
+    warmup: int = Field(default=30_000, ge=0, description="warm-up steps per chain")
+    draws: int = Field(default=500, ge=1, description="kept draws per chain")
+    thin: int = Field(default=100, ge=1, description="steps per kept draw")
+
+
+class SGHMCConfig(ScheduledSection):
+    """[sampler] kernel = "sghmc": stochastic gradient Hamiltonian Monte Carlo, on batches."""
+
+    kernel: Literal["sghmc"]
+    warmup: int = Field(default=30_000, ge=0, description="warm-up steps per chain")
+    draws: int = Field(default=500, ge=1, description="kept draws per chain")
+    thin: int = Field(default=100, ge=1, description="steps per kept draw")
+    step_size: float = Field(default=1e-2, gt=0, description="at the end of the schedule")
+    initial_step_size: float = Field(
+        default=3e-2, gt=0, description="at the first warm-up step, at least step_size"
+    )
+    friction: float = Field(
+        default=10.0, gt=0, description="a momentum lasts for about 1 / (friction step_size) steps"
+    )
+
+    @field_validator("friction")
+    @classmethod
+    def _friction_fits(cls, value, info):
+        first = info.data.get("initial_step_size", 0.0)
+        if value * first > 1:
+            raise ValueError(
+                f"found {value}, expected at most 1 / sampler.initial_step_size, {1 / first:g}"
+            )
+        return value
+
+
+class SMILEConfig(MinibatchSection):
+    """[sampler] kernel = "smile": microcanonical Langevin, on batches, noise-preconditioned."""
+
+    kernel: Literal["smile"]
+    warmup: int = Field(default=8000, ge=0, description="warm-up steps per chain")
+    draws: int = Field(default=300, ge=1, description="kept draws per chain")
+    thin: int = Field(default=60, ge=1, description="steps per kept draw")
+    anchor: int = Field(
+        default=100,
+        ge=0,
+        description="control variates: steps between two gradients over all rows; 0 for none",
+    )
+    energy_variance_start: float = Field(default=5.0, gt=0)
+    energy_variance_end: float = Field(default=0.5, gt=0)
+    initial_step_size: float = Field(default=0.005, gt=0)
+
+
+SAMPLERS = {
+    "mclmc": MCLMCConfig,
+    "mams": MAMSConfig,
+    "nuts": NUTSConfig,
+    "hmc": HMCConfig,
+    "sgld": SGLDConfig,
+    "sghmc": SGHMCConfig,
+    "smile": SMILEConfig,
+}
 # The user's kernels have a colon in their names, ours have not.
 OWN = "module:function"
 
@@ -535,6 +659,9 @@ class Config(Section):
         | Annotated[MAMSConfig, Tag("mams")]
         | Annotated[NUTSConfig, Tag("nuts")]
         | Annotated[HMCConfig, Tag("hmc")]
+        | Annotated[SGLDConfig, Tag("sgld")]
+        | Annotated[SGHMCConfig, Tag("sghmc")]
+        | Annotated[SMILEConfig, Tag("smile")]
         | Annotated[OwnKernelConfig, Tag(OWN)],
         Discriminator(_kernel_kind),
     ] = MCLMCConfig()

@@ -456,8 +456,8 @@ def chain_table(
           of the first, in standard deviations within the chain (a straight climb gives 2.6; NaN
           with fewer than 4 draws);
         - acceptance_rate (mean), energy_error (mean squared energy error per dimension, EEVPD),
-          divergences (sum), tree_depth_max, step_size (of the last draw), gradients (sum): None
-          if the kernel has no such statistic;
+          divergences (sum), tree_depth_max, step_size (of the last draw), gradients (sum), rows
+          (looked at, sum): None if the kernel has no such statistic;
         - ess_log_density, ess_function_median, ess_function_min: bulk ESS;
         - rhat_log_density, rhat_function_median, rhat_function_max, rhat_weights_max: chain-wise
           R-hat. The function columns are None without predictions.
@@ -505,6 +505,7 @@ def chain_table(
             "tree_depth_max": of_chain("tree_depth", np.max, chain),
             "step_size": of_chain("step_size", lambda values: values[-1], chain),
             "gradients": of_chain("gradients", total, chain),
+            "rows": of_chain("rows", total, chain),
             "ess_log_density": float(ess_density[chain]),
             "ess_function_median": ess_median[chain],
             "ess_function_min": ess_least[chain],

@@ -602,6 +602,9 @@ def _smaller_steps(stats) -> str:
     """Say how to get smaller steps from the kernel that wrote these statistics."""
     if "energy_error_squared" in stats:
         return "lower the step size, e.g. sampler.energy_variance_end = 0.01"
+    if "rows" in stats:  # a minibatch kernel: microcanonical ones have a decoherence length
+        options = ("step_size", "energy_variance_end")
+        return f"lower the step size: sampler.{options['decoherence_length' in stats]}"
     if "acceptance_rate" in stats:
         return "lower the step size, e.g. sampler.target_acceptance = 0.9"
     return "lower the step size"

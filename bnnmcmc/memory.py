@@ -29,7 +29,7 @@ from bnnmcmc.results import (
     TOTAL_DIAGNOSED,
 )
 from bnnmcmc.run import ARVIZ_BYTES, MAX_FUNCTION_ROWS
-from bnnmcmc.samplers.kernel import Kernel
+from bnnmcmc.samplers.kernel import Kernel, MinibatchKernel, RowDensity
 from bnnmcmc.sampling import WARMUP_RECORDS, Program, build_program
 
 # What Python, JAX, its compiler and the compiled programs take before any data.
@@ -72,7 +72,7 @@ def memory_need(
     dataset: Dataset,
     posterior: Posterior,
     placement: Placement,
-    kernel: Kernel,
+    kernel: Kernel | MinibatchKernel,
     optimiser: optax.GradientTransformation,
 ) -> Need:
     """Predict the memory that a run needs at most. Nothing is computed.
@@ -84,7 +84,7 @@ def memory_need(
     posterior : Posterior
         With the placement's ``row_chunk``.
     placement : Placement
-    kernel : Kernel
+    kernel : Kernel or MinibatchKernel
     optimiser : optax.GradientTransformation
 
     Returns
@@ -109,7 +109,10 @@ def memory_need(
     sampling_work = WORKSPACE * activations(min(sampled, posterior.row_chunk or sampled))
     member = 2 * _bytes(position) + _bytes(jax.eval_shape(optimiser.init, position))
     program = build_program(
-        lambda position: -sum((leaf**2).sum() for leaf in jax.tree.leaves(position)),
+        RowDensity(
+            lambda position: -sum((leaf**2).sum() for leaf in jax.tree.leaves(position)),
+            lambda position, rows: rows.sum(),
+        ),
         kernel,
         of,
         # For its shapes, any device will do.
@@ -122,7 +125,7 @@ def memory_need(
     members, history = chains * member, 2 * item * chains * ensemble.max_epochs
     epochs = 2 * item * chains * min(MAX_BLOCK_EPOCHS, ensemble.max_epochs)
     # With the statistics of the warm-up, which go into its checkpoints.
-    states = _state_bytes(program) + WARMUP_RECORDS * chains * STATISTICS * item
+    states = _state_bytes(program, sampled) + WARMUP_RECORDS * chains * STATISTICS * item
     block = program.capacity * chains * (of.size * item + 64)
     together = _at_work(placement)
     trained_together = _at_work(placement.for_training)
@@ -179,12 +182,13 @@ def _activations(posterior: Posterior, dataset: Dataset) -> Callable[[int], floa
     return lambda rows: max(rows, 1024) * per_row
 
 
-def _state_bytes(program: Program) -> int:
+def _state_bytes(program: Program, rows: int) -> int:
     """Return the bytes of what all chains carry on, in warm-up or sampling."""
     chains = program.placement.padded
     positions = jax.ShapeDtypeStruct((chains, program.layout.size), jnp.result_type(float))
     index = jax.ShapeDtypeStruct((chains,), jnp.int32)
-    warming = program.start.eval_shape((index, positions), jax.random.key(0), ())
+    data = (jax.ShapeDtypeStruct((rows,), jnp.result_type(float)),)
+    warming = program.start.eval_shape((index, positions), jax.random.key(0), data)
     sampling = program.finish.eval_shape(warming)
     flight = program.depart.eval_shape(sampling[1:3]) if program.runs_ahead else ()
     return max(_bytes(warming), _bytes(sampling)) + _bytes(flight)

@@ -46,6 +46,7 @@ from bnnmcmc.run import (
     stored_draws,
     watch,
 )
+from bnnmcmc.samplers.kernel import RowDensity
 from bnnmcmc.sampling import (
     at_rest,
     build_program,
@@ -543,8 +544,9 @@ def warm_up(job: Job) -> bool:
     thin, total = program.warmup.thin, program.warmup.records
     planned = job.manifest["planned"]
     stop_at = job.stop.share(PLANNED_SHARE if planned else WARMUP_SHARE)
-    # MCLMC's tuning is of use only when it is complete: a warm-up that does not fit in the budget
-    # is planned anew. Window adaptation can end at any time, and its first steps tell no speed.
+    # MCLMC's tuning, or a schedule, is of use only when it is complete: a warm-up that does not fit
+    # in the budget is planned anew. Window adaptation can end at any time, and its first steps tell
+    # no speed.
     may_plan = stop_at is not None and not program.kernel.exact and not done and not planned
     plan, measured_steps, measured_seconds = None, 0, 0.0
     with (
@@ -837,7 +839,7 @@ def _sampler(job: Job, data) -> Ahead:
     steps = tuple(job.manifest[name] for name in ("warmup", "draws", "thin"))
     if steps not in job.samplers:
         program = build_program(
-            job.posterior.log_density,
+            RowDensity(job.posterior.log_prior, job.posterior.log_likelihood),
             build.make_kernel(job.config),
             job.layout,
             job.placement,

@@ -21,7 +21,7 @@ from rich.markup import escape
 
 from bnnmcmc import build, trees
 from bnnmcmc.calibration import gradient_walk
-from bnnmcmc.config import Config, HMCConfig, MAMSConfig, NUTSConfig
+from bnnmcmc.config import Config, HMCConfig, MAMSConfig, MinibatchSection, NUTSConfig
 from bnnmcmc.data import Dataset
 from bnnmcmc.ensemble import build_training, run_epochs, start_members
 from bnnmcmc.errors import InputError
@@ -32,7 +32,9 @@ from bnnmcmc.posterior import Posterior, check_finite
 from bnnmcmc.processes import Group
 from bnnmcmc.progress import duration
 from bnnmcmc.run import position_layout
+from bnnmcmc.samplers.kernel import MinibatchKernel
 from bnnmcmc.samplers.network import walk_steps
+from bnnmcmc.sampling import check_rows
 from bnnmcmc.targets import Target, check_target
 
 # Packages that decide what a draw's bits are, and others worth knowing.
@@ -77,6 +79,7 @@ def check_model(
         check_disk(folder, position_layout(posterior), config.ensemble.members, draws)
     build.sampled_size(config, position_layout(posterior))
     build.check_own_kernel(config, position_layout(posterior))
+    check_rows(build.make_kernel(config), build.sampling_rows(config, dataset))
     build.make_ensemble_optimiser(config)
     placement = build.make_placement(config, posterior, dataset, group)
     posterior = replace(posterior, row_chunk=placement.row_chunk)
@@ -215,7 +218,8 @@ def estimate(
     of = position_layout(posterior)
     epoch = _epoch_seconds(config, dataset, posterior, placement)
     gradient = _gradient_seconds(config, dataset, posterior, placement, of)
-    sampler, (least, most) = config.sampler, gradient_counts(config)
+    rows = len(build.sampling_rows(config, dataset)[0])
+    sampler, (least, most) = config.sampler, gradient_counts(config, rows)
     return Estimate(
         of.size,
         build.sampled_size(config, of),
@@ -228,10 +232,11 @@ def estimate(
     )
 
 
-def gradient_counts(config: Config) -> tuple[float, float]:
+def gradient_counts(config: Config, rows: int = 1) -> tuple[float, float]:
     """Return how many gradients a chain takes in warm-up and sampling: the least and the most.
 
-    The most is infinite where a kernel of the user's own does not say.
+    Those of a batch count as its share of the ``rows`` sampled on. The most is infinite where a
+    kernel of the user's own does not say.
     """
     sampler = config.sampler
     steps = sampler.warmup + sampler.draws * sampler.thin
@@ -247,10 +252,20 @@ def gradient_counts(config: Config) -> tuple[float, float]:
             walk = walk_steps(sampler.warmup) if sampler.adaptation == "network" else 0
             least, most = [walk + (steps - walk) * (2**depth - 1) for depth in depths]
             return least, most
+        case MinibatchSection():
+            # With an anchor: what the batch shows there too, and every so often all rows.
+            seen = 2 if sampler.anchor else 1
+            # The energy error of a warm-up step of SMILE takes two gradients on one batch.
+            batches = steps * seen + (sampler.warmup if sampler.kernel == "smile" else 0)
+            anchors = -(-sampler.warmup // sampler.anchor) if sampler.anchor else 0
+            anchors += -(-(steps - sampler.warmup) // sampler.anchor) if sampler.anchor else 0
+            return (batches * sampler.batch_size / rows + anchors,) * 2
         case _:
             # A step without a gradient takes a density at least, which is not much cheaper.
-            per_step = build.make_kernel(config).gradients_per_step
-            least = steps * max(per_step or 1, 1)
+            kernel = build.make_kernel(config)
+            per_step = kernel.gradients_per_step
+            share = kernel.batch_size / rows if isinstance(kernel, MinibatchKernel) else 1
+            least = steps * share * max(per_step or 1, 1)
             return least, math.inf if per_step is None else least
 
 

@@ -30,6 +30,7 @@ from bnnmcmc.errors import InputError
 from bnnmcmc.posterior import Posterior, activation_bytes, chain_starts, position_shapes
 from bnnmcmc.prediction import Prediction, in_target_units
 from bnnmcmc.predictive import BATCH, Draws, Pooled, draws_in_memory, per_draw, pool, thinned
+from bnnmcmc.samplers.kernel import RowDensity
 from bnnmcmc.samplers.table import kernel_named
 from bnnmcmc.sampling import sample_density
 from bnnmcmc.targets import (
@@ -536,7 +537,8 @@ def sample(
         checks = watch(until, posterior, of, chains, inputs, rows)
         options["on_block"] = _checked(checks, options.get("on_block"), options.get("draws", 1000))
         options["block_end"] = checks.next
-    samples = sample_density(at_work.log_density, starts, data=(x, y), **options)
+    density = RowDensity(at_work.log_prior, at_work.log_likelihood)
+    samples = sample_density(density, starts, data=(x, y), **options)
     draws = draws_in_memory(samples.draws)
     wanted = kernel_named(options["kernel"]).wanted
     thin, stopped = options.get("thin", 1), samples.stopped

@@ -23,7 +23,7 @@ from bnnmcmc.keys import stage_key
 from bnnmcmc.placement import Placement, gather, indices, over_chains, place, replicate, spread
 from bnnmcmc.records import Going, Schedule, no_flight, no_progress, record_steps, run_ahead
 from bnnmcmc.samplers.contract import check_kernel
-from bnnmcmc.samplers.kernel import Kernel
+from bnnmcmc.samplers.kernel import Kernel, MinibatchKernel, RowDensity, RowTarget
 from bnnmcmc.samplers.kronecker import blocks as matrices
 from bnnmcmc.samplers.table import kernel_named
 
@@ -73,7 +73,7 @@ class Block(NamedTuple):
 class Program(NamedTuple):
     """The compiled functions of one sampling problem (see `build_program`)."""
 
-    kernel: Kernel
+    kernel: Kernel | MinibatchKernel
     placement: Placement
     layout: trees.Layout
     warmup: Schedule
@@ -91,7 +91,7 @@ class Program(NamedTuple):
 
 def build_program(
     log_density: Callable[..., jax.Array],
-    kernel: Kernel,
+    kernel: Kernel | MinibatchKernel,
     of: trees.Layout,
     placement: Placement,
     *,
@@ -107,8 +107,9 @@ def build_program(
     Parameters
     ----------
     log_density : callable
-        ``log_density(position, *data) -> scalar``; position is a pytree, data are arrays.
-    kernel : Kernel
+        ``log_density(position, *data) -> scalar``; position is a pytree, data are arrays. A
+        `RowDensity` for a minibatch kernel.
+    kernel : Kernel or MinibatchKernel
     of : trees.Layout
         Layout of one position.
     placement : Placement
@@ -131,7 +132,7 @@ def build_program(
     dtype = jnp.result_type(float)
     template = trees.unflatten(jnp.zeros((of.size,), dtype), of)
     unravel = trees.unraveler(template)
-    if kernel.for_blocks is not None:
+    if isinstance(kernel, Kernel) and kernel.for_blocks is not None:
         kernel = kernel.for_blocks(matrices(of, sampled))
     warm_rules = kernel.warmup(warmup)
     warm_schedule = Schedule(warmup, max(1, warmup // WARMUP_RECORDS))
@@ -150,10 +151,22 @@ def build_program(
         capacity = int(np.clip(capacity, 1, max(begun_with or draws, 1)))
     traces = {"start": 0, "warm": 0, "finish": 0, "draw": 0}
 
-    def density_of(data, fixed):
-        if sampled is None:
-            return lambda flat: log_density(unravel(flat), *data)
-        return lambda free: log_density(unravel(trees.join(free, fixed, of, sampled)), *data)
+    def position_of(flat, fixed):
+        if sampled is not None:
+            flat = trees.join(flat, fixed, of, sampled)
+        return unravel(flat)
+
+    def density_of(data, fixed) -> Any:
+        if isinstance(kernel, MinibatchKernel):
+            return _target(log_density, kernel, lambda flat: position_of(flat, fixed), data)
+        return lambda flat: log_density(position_of(flat, fixed), *data)
+
+    if isinstance(kernel, MinibatchKernel):
+        take_step = kernel.sampling(warmup)
+    else:
+
+        def take_step(key, state, params, t, density):
+            return kernel.step(key, state, params, density)
 
     def start_chain(chain, key, data):
         traces["start"] += 1
@@ -230,7 +243,7 @@ def build_program(
         density, chain_key = density_of(data, fixed), jax.random.fold_in(key, index)
 
         def step(t, state):
-            return kernel.step(jax.random.fold_in(chain_key, t), state, params, density)
+            return take_step(jax.random.fold_in(chain_key, t), state, params, t, density)
 
         state, records = record_steps(
             step,
@@ -261,6 +274,53 @@ def build_program(
         over_chains(draw_chain, placement, donate=True),
         traces,
     )
+
+
+def _target(
+    density: Callable[..., jax.Array],
+    kernel: MinibatchKernel,
+    position_of: Callable[[jax.Array], Any],
+    data: tuple,
+) -> RowTarget:
+    """Return what a minibatch kernel sees of a density that is a sum over rows."""
+    if not isinstance(density, RowDensity):
+        raise InputError(
+            f"log_density: the kernel {kernel.name} looks at batches of rows, so it needs "
+            "bnnmcmc.RowDensity(log_prior, log_likelihood), not one function of all rows"
+        )
+    rows = check_rows(kernel, data)
+
+    def estimate(flat, batch):
+        position, some = position_of(flat), (values[batch] for values in data)
+        scale = rows / kernel.batch_size
+        return density.log_prior(position) + scale * density.log_likelihood(position, *some)
+
+    return RowTarget(rows, lambda flat: density(position_of(flat), *data), estimate)
+
+
+def check_rows(kernel: Kernel | MinibatchKernel, data: tuple) -> int:
+    """Return the number of rows of the data, which must hold a batch of the kernel.
+
+    Raises
+    ------
+    InputError
+        A minibatch kernel and data without rows, with different numbers of them, or fewer than its
+        batch size.
+    """
+    lengths = {np.shape(values)[:1] for values in data}
+    rows = min((length[0] for length in lengths if length), default=0)
+    if isinstance(kernel, MinibatchKernel):
+        if len(lengths) != 1 or () in lengths:
+            raise InputError(
+                f"data: found arrays of shapes {[np.shape(values) for values in data]}, expected "
+                "the same number of rows on all leading axes"
+            )
+        if kernel.batch_size > rows:
+            raise InputError(
+                f"sampler.batch_size: found {kernel.batch_size}, but there are {rows} rows; give "
+                "at most that"
+            )
+    return rows
 
 
 def start_chains(program: Program, positions: jax.Array, seed: int, data: tuple) -> Any:
@@ -441,7 +501,7 @@ def sample_density(
     log_density: Callable[..., jax.Array],
     positions: Any,
     *,
-    kernel: str | Kernel = "nuts",
+    kernel: str | Kernel | MinibatchKernel = "nuts",
     warmup: int = 1000,
     draws: int = 1000,
     thin: int = 1,
@@ -457,18 +517,21 @@ def sample_density(
     Parameters
     ----------
     log_density : callable
-        ``log_density(position, *data) -> scalar``, unnormalised.
+        ``log_density(position, *data) -> scalar``, unnormalised. For a minibatch kernel a
+        ``bnnmcmc.RowDensity(log_prior, log_likelihood)``.
     positions : pytree
         Start positions, chains stacked on the leading axis: leaves (chain, *leaf).
-    kernel : str or Kernel
-        "nuts", "hmc", "mclmc", or a kernel made with its options (``bnnmcmc.nuts(...)``). MCLMC
-        with its default options is tuned for large networks; in few dimensions its bias shows.
+    kernel : str, Kernel or MinibatchKernel
+        "nuts", "hmc", "mams", "mclmc", "smile", "sghmc", "sgld", or a kernel made with its options
+        (``bnnmcmc.nuts(...)``). MCLMC with its default options is tuned for large networks; in few
+        dimensions its bias shows.
     warmup, draws, thin : int
         Warm-up steps; kept draws per chain; steps per kept draw.
     seed : int
         Equal seeds give equal draws.
     data : tuple of arrays
-        Further arguments of ``log_density``.
+        Further arguments of ``log_density``; for a minibatch kernel the rows are on their leading
+        axes.
     placement : Placement
         Where the chains run; chosen from the devices at hand if not given.
     on_block : callable
@@ -489,7 +552,8 @@ def sample_density(
     ------
     InputError
         A start position with a non-finite density, counts out of range, a kernel that does not
-        keep the protocol (see `Kernel`), or every chain was stopped because it failed repeatedly.
+        keep the protocol (see `Kernel`), a density or data that a minibatch kernel cannot take
+        batches of, or every chain was stopped because it failed repeatedly.
 
     Examples
     --------
@@ -516,15 +580,16 @@ def sample_density(
         raise InputError(f"placement is for {placement.chains} chains, positions hold {chains}")
     of = trees.layout(trees.first(positions))
     data = tuple(jnp.asarray(value) for value in data)
+    chosen, sampled = kernel_named(kernel), trees.chosen_leaves(leaves, of)
+    if not isinstance(kernel, str):
+        check_kernel(chosen, trees.chosen_size(sampled, of), warmup, f"kernel {chosen.name!r}")
+    check_rows(chosen, data)
     result = jax.eval_shape(log_density, trees.first(positions), *data)
     if getattr(result, "shape", None) != ():
         raise InputError(
             f"log_density: returns {result} for one position, expected a scalar, such as the sum "
             "of a density's terms"
         )
-    chosen, sampled = kernel_named(kernel), trees.chosen_leaves(leaves, of)
-    if isinstance(kernel, Kernel):
-        check_kernel(kernel, trees.chosen_size(sampled, of), warmup, f"kernel {kernel.name!r}")
     program = build_program(
         log_density,
         chosen,

@@ -263,6 +263,9 @@ FULL = [
     {"sampler": {"kernel": "mclmc", "thin": 3, "integrator": "minimal_norm"}},
     {"sampler": {"kernel": "nuts", "max_depth": 7}, "likelihood": {"kind": "bernoulli"}},
     {"sampler": {"kernel": "hmc", "jitter": 0.0}, "likelihood": {"scale": 0.1}},
+    {"sampler": {"kernel": "sgld", "schedule": "cyclic", "cycle": 50, "anchor": 100}},
+    {"sampler": {"kernel": "sghmc", "step_size": 0.02, "friction": 5.0}},
+    {"sampler": {"kernel": "smile", "batch_size": 64, "damping": 0.5}},
     {
         "data": {
             "source": "sklearn:diabetes",

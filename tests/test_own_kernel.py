@@ -328,7 +328,7 @@ def test_in_a_config():
         ({"kernel": "a:b", "options": 5}, r"sampler\.options: found 5, but it should be a table"),
         ({"kernel": "a:b", "thin": 0}, r"sampler\.thin: found 0, but it should be greater"),
         ({"kernel": "nuts", "options": {}}, r"sampler\.options: unknown key"),
-        ({"kernel": "ab"}, r"found 'ab', expected one of mclmc, .*, hmc, module:function"),
+        ({"kernel": "ab"}, r"found 'ab', expected one of mclmc, .*, smile, module:function"),
     ):
         with pytest.raises(InputError, match=line):
             parse({"data": {"path": "t.csv"}, "sampler": section}, "e.toml")

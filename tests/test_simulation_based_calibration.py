@@ -7,7 +7,8 @@ change of the function, so ranks are of what the function does: its values at th
 log-likelihood of the data, and the log prior density, which these symmetries leave alone.
 
 All data sets are sampled at once, one chain each, with `sample_density`: the targets y are a leaf
-of the position that stays where the chain starts (``leaves``). Chains start at draws of the prior
+of the position that stays where the chain starts (``leaves``), whose rows are numbered, for
+minibatch kernels to take some of. Chains start at draws of the prior
 that have nothing to do with the truth, so warm-up and mixing are tested with the kernel: from the
 truth itself a chain would be right by construction, were it never to move.
 
@@ -26,7 +27,9 @@ from test_sampler_accuracy import wrong_sign
 
 from bnnmcmc import (
     Kernel,
+    MinibatchKernel,
     Posterior,
+    RowDensity,
     gaussian,
     hmc,
     mams,
@@ -36,6 +39,9 @@ from bnnmcmc import (
     nuts,
     place,
     sample_density,
+    sghmc,
+    sgld,
+    smile,
 )
 from bnnmcmc.samplers import mams as mams_module
 from bnnmcmc.samplers import nuts as nuts_module
@@ -56,7 +62,7 @@ class Setting(NamedTuple):
     The bias is the largest gap between the ranks' distribution function and the uniform one.
     """
 
-    kernel: Kernel
+    kernel: Kernel | MinibatchKernel
     warmup: int
     thin: int
     bias: float = 0.0
@@ -69,12 +75,23 @@ SETTINGS = {
     "mams": Setting(mams(), 1500, 20),
     "mclmc": Setting(mclmc(energy_variance_end=1e-4), 3000, 400, bias=0.01),
     "mclmc, defaults": Setting(mclmc(), 3000, 100, bias=0.1),
+    # On batches of half of the rows.
+    "sgld": Setting(sgld(10, 1e-2, 1e-2), 2000, 200, bias=0.07),
+    "sghmc": Setting(sghmc(10, 0.03, 0.03, friction=5.0), 2000, 100, bias=0.07),
+    "smile": Setting(smile(10, anchor=5, energy_variance_end=1e-3), 3000, 200, bias=0.06),
+    "smile, no anchors": Setting(
+        smile(10, anchor=0, energy_variance_end=1e-3), 3000, 200, bias=0.23
+    ),
 }
 
 
-def log_density(position, x):
+def log_prior(position):
+    return POSTERIOR.log_prior({"network": position["network"], "likelihood": {}})
+
+
+def log_likelihood(position, x, numbers):
     weights = {"network": position["network"], "likelihood": {}}
-    return POSTERIOR.log_density(weights, x, position["y"])
+    return POSTERIOR.log_likelihood(weights, x, position["y"][numbers])
 
 
 def from_prior(key, count):
@@ -103,14 +120,14 @@ def ranks_of(setting: Setting, sets: int, seed: int, kernel: Kernel | None = Non
     functions = jax.vmap(lambda n: POSTERIOR.network.apply(n, X))(truth)
     y = functions + NOISE * jax.random.normal(keys[1], functions.shape)
     samples = sample_density(
-        log_density,
+        RowDensity(log_prior, log_likelihood),
         {"network": from_prior(keys[2], sets), "y": y},
         kernel=kernel or setting.kernel,
         warmup=setting.warmup,
         draws=DRAWS,
         thin=setting.thin,
         seed=seed,
-        data=(X,),
+        data=(X, np.arange(ROWS)),
         leaves=["network"],
         placement=place(sets, mode="map"),
     )
@@ -226,3 +243,13 @@ def test_ranks_of_a_chain_that_stays_where_it_starts_are_not_uniform():
     """So it is the sampler that makes them uniform, and not the start."""
     short = SETTINGS["hmc"]._replace(warmup=0, thin=1)
     assert p_value(ranks_of(short, sets=200, seed=2)) < SMALLEST_P
+
+
+@pytest.mark.slow
+def test_ranks_on_batches_that_count_too_little_are_further_off_than_stated(monkeypatch):
+    """The log-likelihood of a batch of half of the rows, times one instead of two."""
+    monkeypatch.setattr("bnnmcmc.sampling.check_rows", lambda kernel, data: ROWS // 2)
+    ranks = ranks_of(SETTINGS["sgld"], sets=200, seed=2)
+    report("sgld, half", ranks)
+    chance = stats.kstwo.ppf(1 - SMALLEST_P / len(QUANTITIES), len(ranks))
+    assert np.any(gaps(ranks) > SETTINGS["sgld"].bias + chance)

@@ -66,6 +66,7 @@ COLUMNS = {
     "tree_depth_max": ("max depth", "deepest NUTS tree, in doublings"),
     "step_size": ("step size", "step size after the warm-up"),
     "gradients": ("gradients", "gradient evaluations while sampling"),
+    "rows": ("rows", "rows looked at while sampling, each as often as it was (minibatch kernels)"),
     "ess_log_density": ("ESS log-density", "effective sample size of the log-density"),
     "ess_function_median": (
         "ESS function",

@@ -8,17 +8,17 @@ import jax.numpy as jnp
 
 from bnnmcmc import trees
 from bnnmcmc.errors import InputError
-from bnnmcmc.samplers.kernel import REDUCTIONS, Kernel, Warmup
+from bnnmcmc.samplers.kernel import REDUCTIONS, Kernel, MinibatchKernel, RowTarget, Warmup
 
 
-def check_kernel(kernel: Kernel, size: int, num_warmup: int, called: str) -> None:
+def check_kernel(kernel: Kernel | MinibatchKernel, size: int, num_warmup: int, called: str) -> None:
     """Trace a kernel's functions on a normal density and check what they return.
 
     Nothing is computed.
 
     Parameters
     ----------
-    kernel : Kernel
+    kernel : Kernel or MinibatchKernel
     size : int
         Number of parameters sampled.
     num_warmup : int
@@ -29,7 +29,8 @@ def check_kernel(kernel: Kernel, size: int, num_warmup: int, called: str) -> Non
     Raises
     ------
     InputError
-        Says which function failed, or which part of its result is not as `Kernel` says.
+        Says which function failed, or which part of its result is not as `Kernel` or
+        `MinibatchKernel` says.
     """
 
     def traced(what: str, function: Callable[..., Any], *arguments: Any) -> Any:
@@ -40,8 +41,37 @@ def check_kernel(kernel: Kernel, size: int, num_warmup: int, called: str) -> Non
         except Exception as error:  # the user's code may raise anything
             raise InputError(f"{called}: {what} failed: {type(error).__name__}: {error}") from error
 
-    def density(position):
+    def made(what: str, function: Callable[..., Any]) -> Any:
+        try:
+            return function(num_warmup)
+        except InputError:
+            raise
+        except Exception as error:
+            raise InputError(f"{called}: {what} failed: {type(error).__name__}: {error}") from error
+
+    def normal(position):
         return -0.5 * jnp.sum(jnp.square(position))
+
+    density: Any = normal
+    step: Callable[..., Any]
+    if isinstance(kernel, MinibatchKernel):
+        batch_size = kernel.batch_size
+        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+            raise InputError(
+                f"{called}: found batch_size {batch_size!r}, expected a whole number, at least 1"
+            )
+        density = RowTarget(batch_size, normal, lambda position, batch: normal(position))
+        step = made("sampling", kernel.sampling)
+        if not callable(step):
+            raise InputError(
+                f"{called}: sampling returned a {type(step).__name__}, expected the function "
+                "step(key, state, params, t, target)"
+            )
+    else:
+        of_all_rows = kernel.step
+
+        def step(key, state, params, t, density):
+            return of_all_rows(key, state, params, density)
 
     key = jax.eval_shape(lambda: jax.random.key(0))
     position = jax.ShapeDtypeStruct((size,), jnp.result_type(float))
@@ -49,12 +79,7 @@ def check_kernel(kernel: Kernel, size: int, num_warmup: int, called: str) -> Non
 
     state = traced("init", lambda k, p: kernel.init(k, p, density), key, position)
     _check_state(state, position, called)
-    try:
-        rules = kernel.warmup(num_warmup)
-    except InputError:
-        raise
-    except Exception as error:
-        raise InputError(f"{called}: warmup failed: {type(error).__name__}: {error}") from error
+    rules = made("warmup", kernel.warmup)
     if not isinstance(rules, Warmup):
         raise InputError(
             f"{called}: warmup returned a {type(rules).__name__}, expected a "
@@ -71,7 +96,9 @@ def check_kernel(kernel: Kernel, size: int, num_warmup: int, called: str) -> Non
     _check_same(warmed[1], adaptation, "the warm-up's step", "adaptation", called)
     _check_info(warmed[2], "the warm-up's step", called)
     params = traced("the warm-up's finish", rules.finish, adaptation)
-    stepped = traced("step", lambda k, s, p: kernel.step(k, s, p, density), key, state, params)
+    stepped = traced(
+        "step", lambda k, s, p, t: step(k, s, p, t, density), key, state, params, count
+    )
     _check_tuple(stepped, 2, "step", "(state, Info)", called)
     _check_same(stepped[0], state, "step", "state", called)
     _check_info(stepped[1], "step", called)

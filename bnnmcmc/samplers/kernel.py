@@ -1,10 +1,12 @@
 """The kernel protocol: what the block loop needs of a sampler.
 
 A kernel sees a log-density over a flat vector and nothing of the model behind it. It works on
-one chain; the block loop advances many.
+one chain; the block loop advances many. A minibatch kernel sees, besides, the log-density as
+estimated from a few of the rows that it is a sum over.
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -27,6 +29,7 @@ REDUCTIONS = {
     "tree_depth": "max",
     "diverging": "sum",
     "gradients": "sum",
+    "rows": "sum",
 }
 
 
@@ -140,3 +143,92 @@ class Kernel(NamedTuple):
     trajectories: Trajectories | None = None
     wanted: Mapping[str, float] = MappingProxyType({})
     for_blocks: Callable[[tuple[Block, ...]], "Kernel"] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class RowDensity:
+    r"""A log-density that is a prior and a sum over rows, for kernels that look at a few of them.
+
+    .. math:: \log p(\theta) = \log p_0(\theta) + \sum_{i=1}^N \ell(\theta, x_i)
+
+    It is a log-density like any other, ``density(position, *data)``, too.
+
+    Parameters
+    ----------
+    log_prior : callable
+        ``log_prior(position) -> scalar``.
+    log_likelihood : callable
+        ``log_likelihood(position, *rows) -> scalar``, summed over the rows it is given: arrays
+        with the rows on their leading axes.
+    """
+
+    log_prior: Callable[..., jax.Array]
+    log_likelihood: Callable[..., jax.Array]
+
+    def __call__(self, position: Any, *data: jax.Array) -> jax.Array:
+        """Return the log-density (scalar) over all rows of ``data``."""
+        return self.log_prior(position) + self.log_likelihood(position, *data)
+
+
+class RowTarget(NamedTuple):
+    r"""What a minibatch kernel sees: a log-density over a flat vector, whole and estimated.
+
+    Parameters
+    ----------
+    rows : int
+        N, the number of rows.
+    log_density : callable
+        ``log_density(position) -> scalar``, over all rows.
+    estimate : callable
+        ``estimate(position, batch) -> scalar``: the prior, and N / B times the log-likelihood of
+        the rows whose numbers are in ``batch`` (B,).
+    """
+
+    rows: int
+    log_density: LogDensity
+    estimate: Callable[[jax.Array, jax.Array], jax.Array]
+
+
+class MinibatchKernel(NamedTuple):
+    """A sampler that looks at a batch of rows in each step. None leaves the target invariant.
+
+    Which rows a step looks at follows from its key, so from the seed, the chain and the step.
+
+    Parameters
+    ----------
+    name : str
+    batch_size : int
+        Rows in a batch.
+    init : callable
+        ``init(key, position, target) -> State``, as in `Kernel`, with a `RowTarget`; sees all rows.
+    warmup : callable
+        ``warmup(num_steps) -> Warmup``, whose ``step`` takes the `RowTarget`.
+    sampling : callable
+        ``sampling(num_warmup) -> step``, after a warm-up of so many steps; and
+        ``step(key, state, params, t, target) -> (State, Info)``, where ``t`` counts from zero.
+        ``t`` has no chain axis where chains advance side by side: what only some steps do is left
+        out of the others. ``logdensity`` of a State, and ``log_density`` of an Info, are
+        estimates; ``rows`` of an Info is the number of rows looked at, each as often as it was.
+    gradients_per_step : int or None
+        Gradient evaluations in a step of sampling, each of a batch; None if it varies.
+    wanted : mapping
+        As in `Kernel`.
+    """
+
+    name: str
+    batch_size: int
+    init: Callable[[jax.Array, jax.Array, RowTarget], Any]
+    warmup: Callable[[int], Warmup]
+    sampling: Callable[[int], Callable[..., tuple[Any, Any]]]
+    gradients_per_step: int | None
+    wanted: Mapping[str, float] = MappingProxyType({})
+
+    @property
+    def exact(self) -> bool:
+        """False: gradient noise and the lack of an accept-reject step leave a bias."""
+        return False
+
+    @property
+    def trajectories(self) -> None:
+        """None: its steps are all of one length."""
+        return None

@@ -368,6 +368,9 @@ def mile_warmup(
     published=False,
     blocks=(),
     damping=1.0,
+    remembered_share=REMEMBERED_SHARE,
+    short_share=SHORT_SHARE,
+    refused=lambda info: info.acceptance_rate == 0,
 ) -> Warmup:
     """Build the three-phase MILE warm-up around an MCLMC ``step`` (see `mclmc`)."""
     end_step_size = round(0.8 * num_steps)
@@ -377,7 +380,7 @@ def mile_warmup(
     capacity = tuning_draws // every
     renewals = renewal_steps(num_steps) if blocks else []
     # What a step that was taken back counts for, at least.
-    refused = MAX_DEVIATIONS**2 * variance_end
+    refused_error = MAX_DEVIATIONS**2 * variance_end
     cap_growth = 1.0 if published else CAP_GROWTH
 
     def coordinates(position: jax.Array) -> jax.Array:
@@ -428,7 +431,7 @@ def mile_warmup(
         # What is averaged, besides the step size: the energy variance, or its share of v.
         scale = jnp.ones_like(wanted) if published else wanted
         unused = failed | tiny
-        reach = jnp.maximum(REMEMBERED, (0.0 if published else REMEMBERED_SHARE) * t)
+        reach = jnp.maximum(REMEMBERED, (0.0 if published else remembered_share) * t)
         memory = ((reach - 1) * (1.0 / (reach + 1))).astype(epsilon.dtype)
         xi = jnp.where(unused, 1.0, xi)
         weight = jnp.where(unused, 0.0, jnp.exp(-0.5 * jnp.square(jnp.log(xi) / (6.0 * 1.5))))
@@ -510,7 +513,7 @@ def mile_warmup(
             return a
         a = a._replace(
             error_sum=a.error_sum
-            + jnp.where(info.acceptance_rate > 0, info.energy_error_squared, refused),
+            + jnp.where(refused(info), refused_error, info.energy_error_squared),
             num_errors=a.num_errors + 1,
         )
         since = t - end_moments
@@ -524,9 +527,7 @@ def mile_warmup(
         )
         return a._replace(kept=kept, num_kept=a.num_kept + use)
 
-    def warm(key, state, a: MILEState, t, log_density):
-        state, info = step(key, state, a.params, log_density, t >= end_moments)
-
+    def adapt(a: MILEState, state, info, t) -> MILEState:
         def first_phases(a):
             a = tune_step_size(a, info, t)
             if renewals:
@@ -539,8 +540,11 @@ def mile_warmup(
         def last_phase(a):
             return keep(a, state.position, info, t)
 
-        a = jax.lax.cond(t < end_moments, first_phases, last_phase, a)
-        return state, a, info
+        return jax.lax.cond(t < end_moments, first_phases, last_phase, a)
+
+    def warm(key, state, a: MILEState, t, log_density):
+        state, info = step(key, state, a.params, log_density, t >= end_moments)
+        return state, adapt(a, state, info, t), info
 
     def finish(a: MILEState) -> MCLMCParams:
         params = a.params
@@ -557,7 +561,7 @@ def mile_warmup(
                 1.0,
             )
             # The shorter steps hardly err.
-            full = variance_end / (1 - SHORT_SHARE)
+            full = variance_end / (1 - short_share)
             params = params._replace(step_size=step_size_for(full, a) * corrected)
         if capacity < MIN_TUNING_DRAWS:
             return params
@@ -570,4 +574,4 @@ def mile_warmup(
             decoherence_length=jnp.where(usable, length, params.decoherence_length)
         )
 
-    return Warmup(init, warm, finish)
+    return Warmup(init, warm, finish, lambda a: a.params, adapt)
