@@ -132,8 +132,9 @@ def build_program(
     dtype = jnp.result_type(float)
     template = trees.unflatten(jnp.zeros((of.size,), dtype), of)
     unravel = trees.unraveler(template)
-    if isinstance(kernel, Kernel) and kernel.for_blocks is not None:
-        kernel = kernel.for_blocks(matrices(of, sampled))
+    parts_of_position = matrices(of, sampled)
+    if isinstance(kernel, Kernel) and kernel.for_blocks is not None and parts_of_position:
+        kernel = kernel.for_blocks(parts_of_position)
     warm_rules = kernel.warmup(warmup)
     warm_schedule = Schedule(warmup, max(1, warmup // WARMUP_RECORDS))
     draw_schedule = Schedule(draws * thin, thin)

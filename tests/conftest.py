@@ -6,7 +6,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -20,9 +19,10 @@ use_all_cores(2)
 
 # The same few programs again and again: compile them once for all tests and their processes, and
 # not in the user's own cache.
-CACHES = Path(tempfile.mkdtemp(prefix="bnnmcmc-tests-"))
-atexit.register(shutil.rmtree, CACHES, ignore_errors=True)
-os.environ["XDG_CACHE_HOME"] = str(CACHES)
+# Workers (pytest-xdist) share it.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="bnnmcmc-tests-")
+    atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 for name in ("JAX_COMPILATION_CACHE_DIR", "JAX_ENABLE_COMPILATION_CACHE"):
     os.environ.pop(name, None)
 jax.config.update("jax_enable_compilation_cache", True)

@@ -338,7 +338,7 @@ def test_disk_full_keeps_what_is_committed(tiny, here):
     command = [sys.executable, "-m", "bnnmcmc", "run", "tiny.toml", "--out", "run", "--set"]
     # The compilation cache meets the limit first, and is then not used.
     done = subprocess.run(
-        ["bash", "-c", 'ulimit -f 40; exec "$0" "$@"', *command, *settings],
+        ["bash", "-c", 'ulimit -f 48; exec "$0" "$@"', *command, *settings],
         cwd=tiny,
         capture_output=True,
         text=True,

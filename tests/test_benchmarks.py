@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 
 from bnnmcmc.run import Run
+from bnnmcmc.samplers.table import KERNELS
 from experiments.benchmarks import (
     compilation,
     gradients,
+    kernels,
     machine,
     nuts_warmup,
     startup,
@@ -117,6 +119,19 @@ def test_trees_stand_over_blackjax_s(settings):
     assert rows[-1]["tree"] <= 3
 
 
+@pytest.mark.slow
+def test_every_kernel_is_run_and_its_gradients_counted(settings):
+    rows = kernels.measure(settings)["rows"]
+    assert [row["kernel"] for row in rows] == list(kernels.KERNELS)
+    by_kernel = {row["kernel"]: row for row in rows}
+    # 2 chains, 40 and 4 steps.
+    assert by_kernel["mclmc"]["gradients"] == 2 * 44
+    assert by_kernel["hmc"]["gradients"] > 10 * 2 * 44
+    assert {row["kernel"].split(",")[0] for row in rows} == set(KERNELS)
+    for row in rows:
+        assert np.isfinite([row["lppd"], row["gradients"]]).all()
+
+
 def test_peer_is_scored_as_we_score(settings):
     found = whole_fit.peer_fit(settings, "test", {"seed": 3})
     y = whole_fit.airfoil(settings)["y_test"].ravel()
@@ -137,6 +152,7 @@ def test_running_lppd_ends_at_the_run_s_score(finished):
     assert running[-1] == pytest.approx(run.score(units="standardised")["lppd"], abs=1e-5)
 
 
+@pytest.mark.slow
 def test_one_command_prints_a_table_and_writes_json(settings, tmp_path):
     out = tmp_path / "found.json"
     command = [sys.executable, "-m", "experiments.benchmarks", "memory", "--quick"]

@@ -182,10 +182,10 @@ def test_time_budget_is_kept_with_everything_usable(tiny, cli):
     big += ["sampler.warmup=10000000", "sampler.draws=1000000"]
     begun = time.monotonic()
     code, out, err = cli(
-        "run", "tiny.toml", "--out", "r", "--time-budget", "35s", "--set", *big, cwd=tiny
+        "run", "tiny.toml", "--out", "r", "--time-budget", "50s", "--set", *big, cwd=tiny
     )
     assert code == 0, err
-    assert time.monotonic() - begun < 55  # a budget, on a machine that may be busy
+    assert time.monotonic() - begun < 70  # a budget, on a machine that may be busy
     manifest = json.loads((tiny / "r" / "manifest.json").read_text())
     assert manifest["stage"] == "done"
     assert "training was ended by the time budget" in out

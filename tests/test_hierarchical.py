@@ -403,6 +403,7 @@ def own(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_a_log_density_of_the_users_own_runs(own, here):
     found = {}
     by_name = "prior.log_density=own_priors:standard_normal"

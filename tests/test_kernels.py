@@ -302,7 +302,7 @@ def leaning(x):
 @functools.cache
 def draws_with(name, **options):
     kernel = KERNELS[name](**options)
-    if kernel.for_blocks is not None:
+    if isinstance(kernel, Kernel) and kernel.for_blocks is not None:
         kernel = kernel.for_blocks((Block(0, 3, 1),))
     # Of MAMS, 160 steps of 200 have no trajectories; after 100 of them a metric is found.
     run = jax.jit(chain(kernel, leaning, warmup=200))

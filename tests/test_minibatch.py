@@ -417,7 +417,7 @@ def small(name):
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=SLOW if n == "sgld" else []) for n in MINIBATCH]
+    "name", [pytest.param(n, marks=SLOW if n != "smile" else []) for n in MINIBATCH]
 )
 def test_batches_depend_on_seed_chain_and_step_alone(name):
     """Not on blocks, nor on which chains advance together."""

@@ -18,9 +18,11 @@ from bnnmcmc import ahead, predictive, trees
 from bnnmcmc.ensemble import build_training, start_members
 from bnnmcmc.placement import gather, place, replicate, use_precision
 from bnnmcmc.run import Run, sample
+from bnnmcmc.samplers.kernel import MinibatchKernel, RowDensity, RowTarget
 from bnnmcmc.samplers.table import KERNELS
 from bnnmcmc.sampling import build_program, sample_density
 
+MINIBATCH = {name for name, build in KERNELS.items() if isinstance(build(), MinibatchKernel)}
 PRECISIONS = ("float32", "float64")
 LIKELIHOODS = {
     "predicted": bnnmcmc.gaussian(),
@@ -113,6 +115,15 @@ def single_precision_lines(traced):
     return [line for line in str(traced.jaxpr).splitlines() if re.search(r"\bf32\b", line)]
 
 
+def density_of(posterior):
+    return RowDensity(posterior.log_prior, posterior.log_likelihood)
+
+
+def options_of(name):
+    """Batches of no more rows than there are."""
+    return {"batch_size": 10} if name in MINIBATCH else {}
+
+
 @pytest.mark.parametrize("mode", ["map", "vmap"])
 @pytest.mark.parametrize("name", sorted(KERNELS))
 def test_no_sampler_computes_in_float32_when_told_float64(name, mode):
@@ -121,7 +132,13 @@ def test_no_sampler_computes_in_float32_when_told_float64(name, mode):
         of, placement = trees.layout(posterior.init(jax.random.key(0))), place(2, mode=mode)
         rows = replicate(posterior.arrays(X, y), placement)
         program = build_program(
-            posterior.log_density, KERNELS[name](), of, placement, warmup=20, draws=5, thin=1
+            density_of(posterior),
+            KERNELS[name](**options_of(name)),
+            of,
+            placement,
+            warmup=20,
+            draws=5,
+            thin=1,
         )
         _, functions = ahead.trace(program, rows)
         assert {"start", "warm", "finish", "draw"} <= set(functions)
@@ -233,7 +250,7 @@ def test_short_trajectories_from_one_start(name, monkeypatch):
     same_numbers(monkeypatch)
     posterior, y = model()
     start = single_start(posterior)
-    options = {"max_depth": 3} if name == "nuts" else {}
+    options = {"max_depth": 3} if name == "nuts" else options_of(name)
     kernel = KERNELS[name](initial_step_size=0.02, **options)
     rules = kernel.warmup(0)
 
@@ -244,13 +261,26 @@ def test_short_trajectories_from_one_start(name, monkeypatch):
         def density(position):
             return posterior.log_density(unravel(position), *rows)
 
+        def estimate(position, batch):
+            few = (each[batch] for each in rows)
+            likelihood = posterior.log_likelihood(unravel(position), *few)
+            return posterior.log_prior(unravel(position)) + len(X) / len(batch) * likelihood
+
+        if name in MINIBATCH:
+            whole, take_step = RowTarget(len(X), density, estimate), kernel.sampling(0)
+        else:
+            whole = density
+
+            def take_step(key, state, params, t, density):
+                return kernel.step(key, state, params, density)
+
         params = rules.finish(rules.init(flat))
-        state = kernel.init(jax.random.key(1), flat, density)
+        state = kernel.init(jax.random.key(1), flat, whole)
         keys = jax.random.split(jax.random.key(2), 5)
-        step = jax.jit(lambda key, state: kernel.step(key, state, params, density))
-        path = [step(keys[0], state)]
-        for key in keys[1:]:
-            path.append(step(key, path[-1][0]))
+        step = jax.jit(lambda key, state, t: take_step(key, state, params, t, whole))
+        path = [step(keys[0], state, 0)]
+        for t, key in enumerate(keys[1:], 1):
+            path.append(step(key, path[-1][0], t))
         return [(state.position, info.log_density) for state, info in path]
 
     single, double = in_both(steps)

@@ -192,7 +192,7 @@ def broken(kernel: Kernel, module, name: str, value) -> Kernel:
             patch.setattr(module, name, value)
             return kernel.step(*arguments)
 
-    return kernel._replace(step=step, trajectories=None)
+    return kernel._replace(step=step, trajectories=None, for_blocks=None)
 
 
 def inverse_join(whole, new, ends, log_uniform, metric):

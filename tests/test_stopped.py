@@ -295,6 +295,7 @@ def test_two_processes_stop_what_one_stops(one_stopped, tiny):
     assert_equal_runs(one_stopped / "run", tiny / "run")
 
 
+@pytest.mark.slow
 def test_without_any_chain_left_the_run_ends_with_an_error(tiny, cli):
     prepared(tiny, share=2.0)
     settings = [*SETTINGS, "sampler.draws=400"]

@@ -250,6 +250,7 @@ def test_where_a_run_ends_does_not_depend_on_its_blocks(met, tiny, here):
     ]
 
 
+@pytest.mark.slow
 def test_a_higher_target_goes_on_as_if_it_had_been_the_first(met, tiny, here):
     shutil.copytree(met / "run", tiny / "run")
     code, out, err = here("resume", "run", "--draws", "100", cwd=tiny)
@@ -290,6 +291,7 @@ def test_the_cap_ends_a_run_and_says_what_is_missing(tiny, here):
     assert [c["draw"] for c in manifest_of(tiny / "run")["checks"]] == [20, 40, 60, 80]
 
 
+@pytest.mark.slow
 def test_the_lppd_of_the_validation_rows_settles(tiny, here):
     settings = ["stop.lppd=0.3", "stop.checks=2", "sampler.rows=train", *STOP]
     code, out, err = here("run", "tiny.toml", "--out", "run", "--set", *settings, cwd=tiny)

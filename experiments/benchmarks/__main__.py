@@ -25,6 +25,7 @@ BENCHMARKS = {
     "steps": "MCLMC and HMC steps over their gradients",
     "nuts_lockstep": "NUTS beside jax.vmap(blackjax.nuts)",
     "nuts_warmup": "trees of NUTS on a network after our warm-ups and after that of blackjax",
+    "kernels": "what gradients buy: every kernel on three tables",
     "startup": "time to --help and to the first line of progress",
     "compilation": "seconds of compilation per stage, cold and from the cache",
     "memory": "peak memory against the number of kept draws",
@@ -54,8 +55,8 @@ def main(
     Parameters
     ----------
     names
-        Which benchmarks: gradients, steps, nuts_lockstep, nuts_warmup, startup, compilation,
-        memory, whole_fit, time_to_lppd. All if not given.
+        Which benchmarks: gradients, steps, nuts_lockstep, nuts_warmup, kernels, startup,
+        compilation, memory, whole_fit, time_to_lppd. All if not given.
     data
         Folder with airfoil.data; without it the table is fetched from OpenML.
     peer
