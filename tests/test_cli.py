@@ -177,6 +177,7 @@ def test_resume_adds_the_draws_a_longer_run_would_have(finished, tmp_path, here)
     np.testing.assert_array_equal(added, longer)
 
 
+@pytest.mark.slow  # a timing, so alone; .ci/run does that
 def test_time_budget_is_kept_with_everything_usable(tiny, cli):
     big = ["ensemble.max_epochs=1000000", "ensemble.patience=1000000"]
     big += ["sampler.warmup=10000000", "sampler.draws=1000000"]

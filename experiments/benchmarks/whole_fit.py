@@ -95,6 +95,7 @@ def our_settings(settings: Settings, integrator: str) -> dict[str, Any]:
         "sampler.integrator": integrator,
         "sampler.energy_variance_start": 0.5,
         "sampler.energy_variance_end": 0.1,
+        "sampler.metric": '"identity"',
     }
     return {**changes, "ensemble.max_epochs": 5} if settings.quick else changes
 
