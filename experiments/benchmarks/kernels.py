@@ -44,7 +44,14 @@ KERNELS: dict[str, dict[str, Any]] = {
     "sghmc": {**BATCHES, "sampler.warmup": 30_000, "sampler.draws": 500, "sampler.thin": 60},
     "sgld": {**BATCHES, "sampler.warmup": 30_000, "sampler.draws": 500, "sampler.thin": 60},
 }
-SHORT = {"sampler.warmup": 40, "sampler.draws": 4, "sampler.thin": 1, "ensemble.max_epochs": 5}
+SHORT = {
+    "sampler.warmup": 40,
+    "sampler.draws": 4,
+    "sampler.thin": 1,
+    "ensemble.max_epochs": 5,
+    "ensemble.members": 2,
+    "model.hidden": [4],
+}
 
 
 def measure(settings: Settings) -> dict[str, Any]:
@@ -53,8 +60,9 @@ def measure(settings: Settings) -> dict[str, Any]:
     for table in TABLES[:1] if settings.quick else TABLES:
         for name, changes in KERNELS.items():
             if settings.quick:
-                changes = {n: v for n, v in changes.items() if n != "sampler.batch_size"} | SHORT
-                changes |= {"ensemble.members": 2, "model.hidden": [4]}
+                changes = changes | SHORT
+                if "sampler.batch_size" in changes:
+                    changes["sampler.batch_size"] = 16
             rows.append(_row(settings, table, name, changes))
     return {"rows": rows}
 
