@@ -9,12 +9,14 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import tomli_w
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Discriminator,
     Field,
     Tag,
     ValidationError,
+    ValidationInfo,
     field_validator,
 )
 
@@ -298,12 +300,20 @@ class SamplerSection(Section):
     )
 
 
-def _damped(cls, value: float, info: Any) -> float:
+def _damping_fits(value: float, info: ValidationInfo) -> float:
     """Check that a damping that was given has a metric that it is for."""
     without = info.data.get("metric") == "identity" or info.data.get("tuning") == "mile"
-    if without and value != cls.model_fields[info.field_name].default:
+    if without and value != DAMPING:
         raise ValueError('needs metric = "kronecker"; remove it')
     return value
+
+
+DAMPING = 1000.0
+Damping = Annotated[
+    float,
+    Field(gt=0, description="the curvature from which on the metric scales directions"),
+    AfterValidator(_damping_fits),
+]
 
 
 class MCLMCConfig(SamplerSection):
@@ -325,9 +335,7 @@ class MCLMCConfig(SamplerSection):
         description='"kronecker": a product of two matrices per layer, from gradients; "auto": '
         'that, but none with tuning = "mile"',
     )
-    damping: float = Field(
-        default=1000.0, gt=0, description="the curvature from which on the metric scales directions"
-    )
+    damping: Damping = DAMPING
 
     @field_validator("metric")
     @classmethod
@@ -335,11 +343,6 @@ class MCLMCConfig(SamplerSection):
         if value == "kronecker" and info.data.get("tuning") == "mile":
             raise ValueError('does not go with tuning = "mile", which has none; remove it')
         return value
-
-    @field_validator("damping")
-    @classmethod
-    def _fits_metric(cls, value, info):
-        return _damped(cls, value, info)
 
 
 class MAMSConfig(SamplerSection):
@@ -360,14 +363,7 @@ class MAMSConfig(SamplerSection):
         default="kronecker",
         description='"kronecker": a product of two matrices per layer, from gradients',
     )
-    damping: float = Field(
-        default=1000.0, gt=0, description="the curvature from which on the metric scales directions"
-    )
-
-    @field_validator("damping")
-    @classmethod
-    def _fits_metric(cls, value, info):
-        return _damped(cls, value, info)
+    damping: Damping = DAMPING
 
 
 class HamiltonianSection(SamplerSection):

@@ -445,6 +445,51 @@ def test_mclmc_reaches_the_wanted_energy_variance(end):
     assert each.max() < 3 * end  # in no chain is the step far too long
 
 
+def first_steps(kernel, density, settled, count=2000):
+    """Return where one step leads, from one place in many directions, and its statistics."""
+    start = kernel.init(jax.random.key(0), jnp.zeros(3), density)
+    params = kernel.warmup(0).finish(kernel.warmup(0).init(jnp.zeros(3)))
+
+    def one(key):
+        noise = jax.random.normal(jax.random.fold_in(key, 1), (3,))
+        state = start._replace(momentum=noise / jnp.linalg.norm(noise))
+        return kernel.step(key, state, params, density, settled)
+
+    states, infos = jax.vmap(one)(jax.random.split(jax.random.key(1), count))
+    return np.asarray(states.position), jax.tree.map(np.asarray, infos)
+
+
+def test_one_mclmc_step_in_ten_is_a_quarter_as_long_after_the_warm_up():
+    kernel = mclmc(initial_step_size=0.1)
+    lengths = {
+        # Nothing pulls: a step is as long as its size.
+        settled: np.linalg.norm(first_steps(kernel, lambda x: 0.0 * x[0], settled)[0], axis=1)
+        for settled in (False, True)
+    }
+    np.testing.assert_allclose(lengths[False], 0.1, rtol=1e-4)
+    short = lengths[True] < 0.05
+    np.testing.assert_allclose(lengths[True], np.where(short, 0.025, 0.1), rtol=1e-4)
+    assert 0.08 < short.mean() < 0.12
+
+
+def test_mclmc_takes_back_large_errors_after_the_warm_up_only():
+    def narrow(x):
+        return -0.5 * jnp.sum(jnp.square(x / jnp.asarray([0.01, 1.0, 1.0], x.dtype)))
+
+    for settled, limit in ((True, 10.0), (False, 1000.0)):
+        positions, infos = first_steps(mclmc(initial_step_size=0.5), narrow, settled)
+        back = infos.acceptance_rate == 0
+        np.testing.assert_array_equal(np.all(positions == 0, axis=1), back)
+        errors = np.sqrt(3 * infos.energy_error_squared)
+        assert errors.max() <= limit
+        assert np.all(errors[back] == 0)
+        # Some of the largest that are allowed are there, and more that are not.
+        assert errors.max() > limit / 10
+        assert back.mean() > 0.01
+        # Only what is beyond the warm-up's limit diverges.
+        assert np.array_equal(infos.diverging, back) == (not settled)
+
+
 def cliff(position):
     """Return a density that falls steeply, but finitely, beyond a distance of 8."""
     distance = jnp.sqrt(jnp.sum(position**2))

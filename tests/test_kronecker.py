@@ -213,6 +213,20 @@ def test_mclmc_sees_a_layer_of_a_million_to_one():
     assert without.params.metric is None
 
 
+def test_lengths_are_those_of_the_metric_s_coordinates():
+    """With a damping of one, every coordinate of z has a variance of one or a little more."""
+    samples = run(mclmc(energy_variance_end=1e-4, damping=1.0), warmup=8000, draws=5)
+    found = samples.warmup_stats["decoherence_length"][:, -1]  # from the moments, in this phase
+    rows, columns = samples.params.metric
+    turn = np.kron(TURN_ROWS, TURN_COLUMNS)
+    covariance = turn * SCALES.ravel() ** 2 @ turn.T
+    for chain in range(4):
+        inverse = np.linalg.inv(np.kron(rows[0][chain], columns[0][chain]).astype(np.float64))
+        expected = np.sqrt(np.trace(inverse @ covariance @ inverse))
+        assert expected > 3 * np.sqrt(np.trace(covariance))
+        assert 0.8 < found[chain] / expected < 1.25
+
+
 def test_mams_is_exact_in_the_metric():
     samples = run(mams(), warmup=3000, draws=2000, thin=1)
     assert wrong(samples) == []

@@ -372,7 +372,23 @@ def mile_warmup(
     short_share=SHORT_SHARE,
     refused=lambda info: info.acceptance_rate == 0,
 ) -> Warmup:
-    """Build the three-phase MILE warm-up around an MCLMC ``step`` (see `mclmc`)."""
+    """Build the three-phase MILE warm-up around an MCLMC ``step`` (see `mclmc`).
+
+    Parameters
+    ----------
+    step : callable or None
+        ``step(key, state, params, log_density, settled)``; None if only ``adapt`` is wanted.
+    num_steps, variance_start, variance_end, initial_step_size, published
+        See `mclmc`.
+    blocks, damping
+        Of the metric (see `kronecker`); without blocks there is none.
+    remembered_share : float
+        Share of the steps so far that the running averages reach back over (half of it).
+    short_share : float
+        Share of the steps after the warm-up that are so short that they hardly err.
+    refused : callable
+        ``refused(info) -> bool``: whether a step was taken back.
+    """
     end_step_size = round(0.8 * num_steps)
     end_moments = round(0.9 * num_steps)
     tuning_draws = num_steps - end_moments
