@@ -32,7 +32,7 @@ from bnnmcmc.posterior import Posterior, activation_bytes, position_shapes
 from bnnmcmc.processes import Group, share_of
 from bnnmcmc.samplers.contract import check_kernel
 from bnnmcmc.samplers.kernel import Kernel, MinibatchKernel
-from bnnmcmc.samplers.kronecker import blocks, elements
+from bnnmcmc.samplers.kronecker import elements, matrices
 from bnnmcmc.samplers.mass import MAX_WINDOW_DRAWS
 from bnnmcmc.samplers.table import KERNELS
 
@@ -291,7 +291,7 @@ def metric_numbers(config: Config, of: trees.Layout) -> int:
     sampler = config.sampler
     if isinstance(sampler, MCLMCConfig | MAMSConfig) and sampler.metric != "identity":
         # The factors, their inverses, the sums they come from, and their next values.
-        return 6 * elements(blocks(of))
+        return 6 * elements(matrices(of))
     if not isinstance(sampler, NUTSConfig | HMCConfig) or sampler.metric == "diagonal":
         return 0
     if sampler.metric == "dense":

@@ -24,7 +24,7 @@ from bnnmcmc.placement import Placement, gather, indices, over_chains, place, re
 from bnnmcmc.records import Going, Schedule, no_flight, no_progress, record_steps, run_ahead
 from bnnmcmc.samplers.contract import check_kernel
 from bnnmcmc.samplers.kernel import Kernel, MinibatchKernel, RowDensity, RowTarget
-from bnnmcmc.samplers.kronecker import blocks as matrices
+from bnnmcmc.samplers.kronecker import matrices
 from bnnmcmc.samplers.table import kernel_named
 
 # A block is sized to take about this long, so that progress, Ctrl-C and time budgets are prompt.
@@ -132,9 +132,9 @@ def build_program(
     dtype = jnp.result_type(float)
     template = trees.unflatten(jnp.zeros((of.size,), dtype), of)
     unravel = trees.unraveler(template)
-    parts_of_position = matrices(of, sampled)
-    if isinstance(kernel, Kernel) and kernel.for_blocks is not None and parts_of_position:
-        kernel = kernel.for_blocks(parts_of_position)
+    layers = matrices(of, sampled)
+    if layers and isinstance(kernel, Kernel) and kernel.for_matrices is not None:
+        kernel = kernel.for_matrices(layers)
     warm_rules = kernel.warmup(warmup)
     warm_schedule = Schedule(warmup, max(1, warmup // WARMUP_RECORDS))
     draw_schedule = Schedule(draws * thin, thin)

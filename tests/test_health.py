@@ -3,6 +3,7 @@ import pytest
 
 from bnnmcmc.errors import InputError
 from bnnmcmc.health import ChainStatus, chain_statuses, say_now
+from bnnmcmc.samplers.mclmc import mclmc
 
 THIN = 5
 
@@ -259,6 +260,16 @@ def test_an_acceptance_rate_far_from_its_target(rate, word):
     if word:
         assert "rate is 0.50, more than 0.25 from its target 0.80" in statuses[4].sentence
         assert f"steps are {word}" in statuses[4].sentence
+
+
+def test_a_chain_of_mclmc_whose_steps_are_taken_back():
+    stats = ordinary("mclmc") | {"acceptance_rate": np.full((8, 200), 0.99)}
+    stats["acceptance_rate"][3] = 0.7
+    stats["acceptance_rate"][5] = 0.01
+    statuses = chain_statuses(stats, np.ones(8, bool), THIN, wanted=mclmc().wanted)
+    assert names(statuses) == ["ok"] * 3 + ["off target", "ok", "stuck", "ok", "ok"]
+    assert "rate is 0.70, more than 0.25 from its target 1.00" in statuses[3].sentence
+    assert "sampler.energy_variance_end" in statuses[5].sentence  # its own option
 
 
 def test_trees_of_the_greatest_depth():

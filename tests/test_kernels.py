@@ -13,7 +13,7 @@ from blackjax.diagnostics import effective_sample_size
 from bnnmcmc.errors import InputError
 from bnnmcmc.samplers.hmc import hmc
 from bnnmcmc.samplers.kernel import REDUCTIONS, Kernel, MinibatchKernel, RowTarget
-from bnnmcmc.samplers.kronecker import Block
+from bnnmcmc.samplers.kronecker import Matrix
 from bnnmcmc.samplers.mclmc import mclmc
 from bnnmcmc.samplers.nuts import nuts
 from bnnmcmc.samplers.table import KERNELS, kernel_named
@@ -302,8 +302,8 @@ def leaning(x):
 @functools.cache
 def draws_with(name, **options):
     kernel = KERNELS[name](**options)
-    if isinstance(kernel, Kernel) and kernel.for_blocks is not None:
-        kernel = kernel.for_blocks((Block(0, 3, 1),))
+    if isinstance(kernel, Kernel) and kernel.for_matrices is not None:
+        kernel = kernel.for_matrices((Matrix(0, 3, 1),))
     # Of MAMS, 160 steps of 200 have no trajectories; after 100 of them a metric is found.
     run = jax.jit(chain(kernel, leaning, warmup=200))
     return np.asarray(run(jax.random.key(2), jnp.full(3, 0.5))[3][0].position)

@@ -12,10 +12,10 @@ from bnnmcmc.convergence import mean_ess
 from bnnmcmc.errors import InputError
 from bnnmcmc.models.mlp import mlp
 from bnnmcmc.samplers import kronecker
-from bnnmcmc.samplers.kronecker import Block, Factors
+from bnnmcmc.samplers.kronecker import Factors, Matrix
 from bnnmcmc.samplers.mclmc import INTEGRATORS, isokinetic_step, renewal_steps
 
-LAYERS = (Block(0, 4, 2), Block(8, 3, 1), Block(11, 1, 1))
+LAYERS = (Matrix(0, 4, 2), Matrix(8, 3, 1), Matrix(11, 1, 1))
 SIZE = 12
 
 
@@ -52,16 +52,16 @@ def test_a_network_is_its_layers_each_with_its_bias():
     network = mlp(3, [5, 4], 2, "tanh", "none")
     of = layout_of(network.init(jax.random.key(0)))
     assert of.names[:2] == ("layer0.bias", "layer0.weight")
-    assert kronecker.blocks(of) == (Block(0, 4, 5), Block(20, 6, 4), Block(44, 5, 2))
-    assert kronecker.elements(kronecker.blocks(of)) == 16 + 25 + 36 + 16 + 25 + 4
+    assert kronecker.matrices(of) == (Matrix(0, 4, 5), Matrix(20, 6, 4), Matrix(44, 5, 2))
+    assert kronecker.elements(kronecker.matrices(of)) == 16 + 25 + 36 + 16 + 25 + 4
     assert of.size == 44 + 5 * 2
 
 
-def test_what_is_not_sampled_is_in_no_block():
+def test_what_is_not_sampled_is_in_no_matrix():
     of = layout_of(mlp(3, [5, 4], 2, "tanh", "none").init(jax.random.key(0)))
-    assert kronecker.blocks(of, [False, True, True, True, False, False]) == (
-        Block(0, 3, 5),
-        Block(15, 6, 4),
+    assert kronecker.matrices(of, [False, True, True, True, False, False]) == (
+        Matrix(0, 3, 5),
+        Matrix(15, 6, 4),
     )
 
 
@@ -72,18 +72,18 @@ def test_leaves_of_any_shape():
         "c": jnp.zeros(()),
         "d": jnp.zeros(7),
     }
-    assert kronecker.blocks(layout_of(position)) == (
-        Block(0, 6, 4),
-        Block(24, 3, 1),
-        Block(27, 2, 4),
-        Block(35, 1, 1),
-        Block(36, 7, 1),
+    assert kronecker.matrices(layout_of(position)) == (
+        Matrix(0, 6, 4),
+        Matrix(24, 3, 1),
+        Matrix(27, 2, 4),
+        Matrix(35, 1, 1),
+        Matrix(36, 7, 1),
     )
 
 
 def test_vectors_alone_are_no_network():
-    assert kronecker.blocks(layout_of({"a": jnp.zeros(3), "b": jnp.zeros(())})) == ()
-    assert kronecker.blocks(layout_of(jnp.zeros(3))) == ()
+    assert kronecker.matrices(layout_of({"a": jnp.zeros(3), "b": jnp.zeros(())})) == ()
+    assert kronecker.matrices(layout_of(jnp.zeros(3))) == ()
 
 
 def test_scaling_is_a_kronecker_product():
@@ -237,7 +237,7 @@ def test_mams_is_exact_in_the_metric():
 
 
 def test_published_tuning_has_no_metric():
-    assert mclmc(tuning="mile").for_blocks is None
+    assert mclmc(tuning="mile").for_matrices is None
     with pytest.raises(
         InputError, match=r'sampler\.metric: found "kronecker" with tuning = "mile"'
     ):

@@ -178,7 +178,7 @@ def wrong_sign(kernel):
         turned = -jax.grad(log_density)(state.position)
         return kernel.step(key, state._replace(**{field: turned}), params, log_density)
 
-    return kernel._replace(step=step, trajectories=None, for_blocks=None)
+    return kernel._replace(step=step, trajectories=None, for_matrices=None)
 
 
 @pytest.mark.parametrize(

@@ -192,7 +192,7 @@ def broken(kernel: Kernel, module, name: str, value) -> Kernel:
             patch.setattr(module, name, value)
             return kernel.step(*arguments)
 
-    return kernel._replace(step=step, trajectories=None, for_blocks=None)
+    return kernel._replace(step=step, trajectories=None, for_matrices=None)
 
 
 def inverse_join(whole, new, ends, log_uniform, metric):

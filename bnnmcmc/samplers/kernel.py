@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from bnnmcmc.samplers.kronecker import Block
+from bnnmcmc.samplers.kronecker import Matrix
 
 LogDensity = Callable[[jax.Array], jax.Array]
 
@@ -129,9 +129,9 @@ class Kernel(NamedTuple):
     wanted : mapping
         What the kernel aims at, or cannot exceed, by the name of the statistic: its target
         "acceptance_rate", the greatest "tree_depth", the "energy_error_squared" it is tuned for.
-    for_blocks : callable, optional
-        ``for_blocks(blocks) -> Kernel``: the kernel for positions that consist of these matrices
-        (`kronecker.blocks`), if it can make use of that.
+    for_matrices : callable, optional
+        ``for_matrices(matrices) -> Kernel``: the kernel for positions that consist of these
+        (`kronecker.matrices`), if it can make use of that.
     """
 
     name: str
@@ -142,7 +142,7 @@ class Kernel(NamedTuple):
     gradients_per_step: int | None
     trajectories: Trajectories | None = None
     wanted: Mapping[str, float] = MappingProxyType({})
-    for_blocks: Callable[[tuple[Block, ...]], "Kernel"] | None = None
+    for_matrices: Callable[[tuple[Matrix, ...]], "Kernel"] | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -38,7 +38,7 @@ MAX_SIDE = 256
 ITERATIONS = 36
 
 
-class Block(NamedTuple):
+class Matrix(NamedTuple):
     """A part of the flat position that is a matrix: where it starts, its rows and columns."""
 
     start: int
@@ -47,13 +47,13 @@ class Block(NamedTuple):
 
 
 class Factors(NamedTuple):
-    """A pair of symmetric matrices for every block, (rows, rows) and (columns, columns)."""
+    """A pair of symmetric matrices, (rows, rows) and (columns, columns), for every matrix."""
 
     rows: tuple[jax.Array, ...]
     columns: tuple[jax.Array, ...]
 
 
-def blocks(of: Layout, sampled: Sequence[bool] | None = None) -> tuple[Block, ...]:
+def matrices(of: Layout, sampled: Sequence[bool] | None = None) -> tuple[Matrix, ...]:
     """Return the matrices in a position: every leaf, a bias together with its layer's weight.
 
     Parameters
@@ -64,13 +64,13 @@ def blocks(of: Layout, sampled: Sequence[bool] | None = None) -> tuple[Block, ..
 
     Returns
     -------
-    tuple of Block
+    tuple of Matrix
         They follow one another and cover the vector. A bias is the row before the rows of its
         weight, for an input that is always one. Leaves of more than two axes are taken as (all but
         the last, last), those of fewer as one column. Empty if all are columns: such a position is
         no network's.
     """
-    found: list[Block] = []
+    found: list[Matrix] = []
     start = 0
     before: tuple[str, tuple[int, ...]] = ("", ())
     for i, (name, shape) in enumerate(zip(of.names, of.shapes, strict=True)):
@@ -80,22 +80,22 @@ def blocks(of: Layout, sampled: Sequence[bool] | None = None) -> tuple[Block, ..
         size = int(np.prod(shape))
         layer = name.rpartition(".")[0]
         if len(shape) < 2:
-            found.append(Block(start, size, 1))
+            found.append(Matrix(start, size, 1))
         elif before == (layer, (shape[-1],)):
             bias = found.pop()
-            found.append(Block(bias.start, size // shape[-1] + 1, shape[-1]))
+            found.append(Matrix(bias.start, size // shape[-1] + 1, shape[-1]))
         else:
-            found.append(Block(start, size // shape[-1], shape[-1]))
+            found.append(Matrix(start, size // shape[-1], shape[-1]))
         start, before = start + size, (layer, tuple(shape))
-    return tuple(found) if any(block.columns > 1 for block in found) else ()
+    return tuple(found) if any(part.columns > 1 for part in found) else ()
 
 
-def elements(parts: Sequence[Block]) -> int:
-    """Return how many numbers a pair of matrices for every block holds."""
+def elements(parts: Sequence[Matrix]) -> int:
+    """Return how many numbers all these pairs hold."""
     return sum(part.rows**2 + part.columns**2 for part in parts)
 
 
-def identity(parts: Sequence[Block], dtype) -> Factors:
+def identity(parts: Sequence[Matrix], dtype) -> Factors:
     """Return the factors that change nothing."""
     return Factors(
         tuple(jnp.eye(part.rows, dtype=dtype) for part in parts),
@@ -103,8 +103,8 @@ def identity(parts: Sequence[Block], dtype) -> Factors:
     )
 
 
-def scale(factors: Factors, parts: Sequence[Block], vector: jax.Array) -> jax.Array:
-    """Return the vector (size,) with every block's matrix M replaced by R M C."""
+def scale(factors: Factors, parts: Sequence[Matrix], vector: jax.Array) -> jax.Array:
+    """Return the vector (size,) with every matrix M in it replaced by R M C."""
     return jnp.concatenate(
         [
             (rows @ _matrix(vector, part) @ columns).ravel()
@@ -113,17 +113,17 @@ def scale(factors: Factors, parts: Sequence[Block], vector: jax.Array) -> jax.Ar
     )
 
 
-def add_moments(sums: Factors, parts: Sequence[Block], gradient: jax.Array) -> Factors:
+def add_moments(sums: Factors, parts: Sequence[Matrix], gradient: jax.Array) -> Factors:
     """Add G G^T and G^T G of a gradient (size,) to their sums."""
-    matrices = [_matrix(gradient, part) for part in parts]
+    layers = [_matrix(gradient, part) for part in parts]
     return Factors(
-        tuple(s + m @ m.T for s, m in zip(sums.rows, matrices, strict=True)),
-        tuple(s + m.T @ m for s, m in zip(sums.columns, matrices, strict=True)),
+        tuple(s + m @ m.T for s, m in zip(sums.rows, layers, strict=True)),
+        tuple(s + m.T @ m for s, m in zip(sums.columns, layers, strict=True)),
     )
 
 
 def roots(sums: Factors, count: jax.Array, damping: float) -> tuple[Factors, Factors]:
-    """Return R and C of every block, and their inverses.
+    """Return R and C for every matrix, and their inverses.
 
     Parameters
     ----------
@@ -158,7 +158,7 @@ def roots(sums: Factors, count: jax.Array, damping: float) -> tuple[Factors, Fac
     return there, back
 
 
-def _matrix(vector: jax.Array, part: Block) -> jax.Array:
+def _matrix(vector: jax.Array, part: Matrix) -> jax.Array:
     start, rows, columns = part
     return vector[start : start + rows * columns].reshape(rows, columns)
 

@@ -126,8 +126,10 @@ def mams(
     )
     gradients = INTEGRATORS[integrator][1]
 
-    def for_blocks(blocks: tuple[kronecker.Block, ...]) -> Kernel:
-        walker = unadjusted if unadjusted.for_blocks is None else unadjusted.for_blocks(blocks)
+    def for_matrices(matrices: tuple[kronecker.Matrix, ...]) -> Kernel:
+        walker = (
+            unadjusted if unadjusted.for_matrices is None else unadjusted.for_matrices(matrices)
+        )
 
         def step(key, state, params, log_density):
             key_length, key_direction = jax.random.split(key)
@@ -136,7 +138,7 @@ def mams(
             count = jnp.maximum(jnp.round(mean * spread), 1).astype(jnp.int32)
             noise = jax.random.normal(key_direction, state.position.shape, state.position.dtype)
             start = state._replace(momentum=noise * jax.lax.rsqrt(noise @ noise))
-            move = isokinetic_step(integrator, log_density, params.metric, blocks)
+            move = isokinetic_step(integrator, log_density, params.metric, matrices)
 
             # A trajectory that leaves the finite numbers does so in both directions of time.
             def goes_on(loop):
@@ -168,7 +170,7 @@ def mams(
             )
 
         def warmup(num_steps: int) -> Warmup:
-            return _warmup(step, walker, num_steps, target_acceptance, blocks)
+            return _warmup(step, walker, num_steps, target_acceptance, matrices)
 
         return Kernel(
             "mams",
@@ -178,17 +180,17 @@ def mams(
             exact=True,
             gradients_per_step=None,
             wanted={"acceptance_rate": target_acceptance},
-            for_blocks=None if metric == "identity" else for_blocks,
+            for_matrices=None if metric == "identity" else for_matrices,
         )
 
-    return for_blocks(())
+    return for_matrices(())
 
 
 def _acceptance_rate(error: jax.Array) -> jax.Array:
     return jnp.exp(jnp.minimum(-error, 0.0))
 
 
-def _warmup(step, walker: Kernel, num_steps: int, target: float, blocks) -> Warmup:
+def _warmup(step, walker: Kernel, num_steps: int, target: float, matrices) -> Warmup:
     average_init, average_update, average_final = dual_averaging_adaptation(target)
     switch = num_steps - min(num_steps // ADJUSTED_SHARE, MAX_ADJUSTED)
     rules = walker.warmup(switch)
@@ -237,7 +239,7 @@ def _warmup(step, walker: Kernel, num_steps: int, target: float, blocks) -> Warm
         position = state.position
         # L is a length in the coordinates of the metric.
         if metric is not None:
-            position = kronecker.scale(a.unadjusted.estimate.inverse, blocks, position)
+            position = kronecker.scale(a.unadjusted.estimate.inverse, matrices, position)
         count = a.adjusted + 1
         mean = a.mean + (position - a.mean) / count
         squares = a.squares + (position - a.mean) * (position - mean)

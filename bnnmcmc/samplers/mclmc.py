@@ -107,7 +107,7 @@ def isokinetic_step(
     integrator: str,
     log_density: LogDensity,
     metric: kronecker.Factors | None = None,
-    blocks: Sequence[kronecker.Block] = (),
+    matrices: Sequence[kronecker.Matrix] = (),
 ) -> Callable[[integrators.IntegratorState, jax.Array], tuple[integrators.IntegratorState, Any]]:
     r"""Return a step of the isokinetic dynamics: ``step(state, step_size) -> (state, energy)``.
 
@@ -119,7 +119,7 @@ def isokinetic_step(
     integrator : str
         One of `INTEGRATORS`.
     log_density : callable
-    metric, blocks
+    metric, matrices
         See `kronecker.scale`; None is the identity.
 
     Returns
@@ -131,7 +131,7 @@ def isokinetic_step(
     turn = integrators.esh_dynamics_momentum_update_one_step(1.0)
 
     def scaled(vector):
-        return vector if metric is None else kronecker.scale(metric, blocks, vector)
+        return vector if metric is None else kronecker.scale(metric, matrices, vector)
 
     def turn_in_metric(momentum, gradient, *arguments, **options):
         momentum, velocity, energy = turn(momentum, scaled(gradient), *arguments, **options)
@@ -281,7 +281,7 @@ def mclmc(
             )
         return blackjax.mclmc.init(position, log_density, key)
 
-    def for_blocks(blocks: tuple[kronecker.Block, ...]) -> Kernel:
+    def for_matrices(matrices: tuple[kronecker.Matrix, ...]) -> Kernel:
         def step(key, state, params, log_density, settled=True):
             # The parts of blackjax's kernel, without the four vectors of random numbers that it
             # draws besides: they would cost half a gradient of a small network.
@@ -296,7 +296,7 @@ def mclmc(
                 limit = jnp.where(settled, MAX_DEVIATIONS * deviations, largest)
                 short = jax.random.bernoulli(jax.random.fold_in(key, 1), SHORT_SHARE) & settled
                 step_size = jnp.where(short, SHORT_FACTOR, 1.0).astype(step_size.dtype) * step_size
-            move = isokinetic_step(integrator, log_density, params.metric, blocks)
+            move = isokinetic_step(integrator, log_density, params.metric, matrices)
             moved, kinetic_change = move(state, step_size)
             energy_change = kinetic_change - moved.logdensity + state.logdensity
             # Comparisons with NaN are false: a step out of the finite numbers is not kept either.
@@ -332,7 +332,7 @@ def mclmc(
                 energy_variance_end,
                 initial_step_size,
                 published,
-                blocks,
+                matrices,
                 damping,
             )
 
@@ -343,11 +343,12 @@ def mclmc(
             step,
             exact=False,
             gradients_per_step=gradients,
-            wanted={"energy_error_squared": energy_variance_end},
-            for_blocks=None if published or metric == "identity" else for_blocks,
+            # Few steps are taken back: see `MAX_DEVIATIONS`.
+            wanted={"energy_error_squared": energy_variance_end, "acceptance_rate": 1.0},
+            for_matrices=None if published or metric == "identity" else for_matrices,
         )
 
-    return for_blocks(())
+    return for_matrices(())
 
 
 def renewal_steps(num_steps: int) -> list[int]:
@@ -366,7 +367,7 @@ def mile_warmup(
     variance_end,
     initial_step_size,
     published=False,
-    blocks=(),
+    matrices=(),
     damping=1.0,
     remembered_share=REMEMBERED_SHARE,
     short_share=SHORT_SHARE,
@@ -380,8 +381,8 @@ def mile_warmup(
         ``step(key, state, params, log_density, settled)``; None if only ``adapt`` is wanted.
     num_steps, variance_start, variance_end, initial_step_size, published
         See `mclmc`.
-    blocks, damping
-        Of the metric (see `kronecker`); without blocks there is none.
+    matrices, damping
+        Of the metric (see `kronecker`); without matrices there is none.
     remembered_share : float
         Share of the steps so far that the running averages reach back over (half of it).
     short_share : float
@@ -394,7 +395,7 @@ def mile_warmup(
     tuning_draws = num_steps - end_moments
     every = max(1, -(-tuning_draws // MAX_TUNING_DRAWS))
     capacity = tuning_draws // every
-    renewals = renewal_steps(num_steps) if blocks else []
+    renewals = renewal_steps(num_steps) if matrices else []
     # What a step that was taken back counts for, at least.
     refused_error = MAX_DEVIATIONS**2 * variance_end
     cap_growth = 1.0 if published else CAP_GROWTH
@@ -406,7 +407,7 @@ def mile_warmup(
     def init(position: jax.Array) -> MILEState:
         dimension, dtype = position.shape[0], position.dtype
         zero = jnp.zeros((), dtype)
-        unit = kronecker.identity(blocks, dtype) if renewals else None
+        unit = kronecker.identity(matrices, dtype) if renewals else None
         return MILEState(
             MCLMCParams(
                 jnp.asarray(initial_step_size, dtype),
@@ -472,7 +473,7 @@ def mile_warmup(
         metric, inverse = kronecker.roots(known.sums, known.seen, damping)
 
         def steepness(metric):
-            scaled = kronecker.scale(metric, blocks, gradient)
+            scaled = kronecker.scale(metric, matrices, gradient)
             return jnp.sqrt(scaled @ scaled)
 
         growth = RENEWED_STEP * steepness(a.params.metric) / steepness(metric)
@@ -494,7 +495,7 @@ def mile_warmup(
     def tune_metric(a: MILEState, gradient: jax.Array, t) -> MILEState:
         def see(known):
             return known._replace(
-                sums=kronecker.add_moments(known.sums, blocks, gradient), seen=known.seen + 1
+                sums=kronecker.add_moments(known.sums, matrices, gradient), seen=known.seen + 1
             )
 
         a = a._replace(
@@ -506,7 +507,7 @@ def mile_warmup(
     def add_moments(a: MILEState, position: jax.Array, info: MCLMCInfo) -> MILEState:
         # L is a length in the coordinates of the metric.
         if a.estimate is not None:
-            position = kronecker.scale(a.estimate.inverse, blocks, position)
+            position = kronecker.scale(a.estimate.inverse, matrices, position)
         weight = jnp.where(info.diverging, 0.0, info.step_size)
         total = a.moment_weight + weight
         share = jnp.where(total > 0, weight / total, 0.0)

@@ -17,6 +17,7 @@ from bnnmcmc.errors import InputError
 from bnnmcmc.samplers import mass
 from bnnmcmc.samplers.kernel import Warmup
 from bnnmcmc.samplers.mclmc import mclmc
+from bnnmcmc.samplers.window import HamiltonianParams
 
 # The end of the warm-up, with trees: a fifth of its steps, and no more than this.
 TUNED_SHARE, MAX_TUNED = 5, 100
@@ -35,13 +36,6 @@ class NetworkState(NamedTuple):
     step_size: Any
     inverse_mass_matrix: mass.Metric
     tuned: jax.Array
-
-
-class NetworkParams(NamedTuple):
-    """Step size (scalar) and metric (see `mass`)."""
-
-    step_size: jax.Array
-    inverse_mass_matrix: mass.Metric
 
 
 def walk_steps(num_steps: int) -> int:
@@ -171,7 +165,7 @@ def network_warmup(
             lambda a: a,
             a,
         )
-        params = NetworkParams(jnp.exp(a.step_size.log_step_size), a.inverse_mass_matrix)
+        params = HamiltonianParams(jnp.exp(a.step_size.log_step_size), a.inverse_mass_matrix)
         state, info = jax.lax.cond(
             t < switch + tuning // 2,
             lambda state: short(key, state, params, log_density),
@@ -190,13 +184,13 @@ def network_warmup(
             a,
         )
 
-    def finish(a: NetworkState) -> NetworkParams:
+    def finish(a: NetworkState) -> HamiltonianParams:
         # Before the first tree the metric is the unit one, and momenta have the speed sqrt(size).
         speed = jnp.sqrt(jnp.asarray(a.direction.shape[0], a.direction.dtype))
         # Right after a restart the running average is still empty: take the value in use.
         average = a.step_size
         tuned = jnp.where(average.step > 1, average_final(average), jnp.exp(average.log_step_size))
         size = jnp.where(a.tuned > 0, tuned, first_step_size(a, speed))
-        return NetworkParams(size, a.inverse_mass_matrix)
+        return HamiltonianParams(size, a.inverse_mass_matrix)
 
     return Warmup(init, warm, finish)

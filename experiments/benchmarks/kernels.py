@@ -6,15 +6,14 @@ batch counts as its share. The LPPD is of the test rows, standardised. Each kern
 fixed before these scores were seen, and none is tuned to a table.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from experiments.benchmarks.processes import bnnmcmc, in_fresh_process, run
-from experiments.benchmarks.settings import EXPERIMENTS, Settings, setting_words
-from experiments.benchmarks.whole_fit import our_environment
+from experiments.benchmarks.processes import in_fresh_process
+from experiments.benchmarks.settings import EXPERIMENTS, Settings
+from experiments.benchmarks.whole_fit import our_run
 
 TABLES = ("airfoil", "energy", "bikesharing")
 WALK = {"sampler.warmup": 5100, "sampler.adaptation": '"network"'}
@@ -68,29 +67,18 @@ def measure(settings: Settings) -> dict[str, Any]:
 
 
 def _row(settings: Settings, table: str, name: str, changes: dict[str, Any]) -> dict[str, Any]:
-    kernel = name.split(",")[0]
-    out = settings.folder / f"{table}-{name.replace(', ', '-').replace(' ', '-')}"
-    ended = run(
-        bnnmcmc(
-            "run",
-            write_config(settings.folder, table, kernel),
-            "--out",
-            out,
-            *setting_words(changes),
-        ),
-        settings.folder / f"{out.name}.log",
-        environment=our_environment(settings, settings.folder / "cache"),
-    )
-    scores = json.loads((out / "metrics.json").read_text())["test"]
-    status = json.loads((out / "manifest.json").read_text())["status"]
+    config = write_config(settings.folder, table, name.split(",")[0])
+    run_name = f"{table}-{name.replace(', ', '-').replace(' ', '-')}"
+    cache = settings.folder / "cache"
+    found = our_run(settings, run_name, changes, cache=cache, config=config)
+    told = in_fresh_process(__name__, "spent", found["folder"], jax=True)
     return {
         "table": table,
         "kernel": name,
-        "gradients": in_fresh_process(__name__, "gradients_of", str(out), jax=True),
-        "lppd": scores["posterior"]["lppd"],
-        "ensemble_lppd": scores["ensemble"]["lppd"],
-        "chains_ok": sum(each["status"] == "ok" for each in status),
-        "seconds": ended.seconds,
+        "gradients": told["gradients"],
+        "lppd": found["lppd"],
+        "chains_ok": told["chains_ok"],
+        "seconds": found["wall_seconds"],
     }
 
 
@@ -104,13 +92,18 @@ def write_config(folder: Path, table: str, kernel: str) -> Path:
     return path
 
 
-def gradients_of(folder: str) -> float:
-    """Return the gradients of a run's chains over all rows, of warm-up and sampling."""
+def spent(folder: str) -> dict[str, float]:
+    """Return a run's gradients over all rows, warm-up and all, and how many chains are ok."""
     from bnnmcmc import Run
 
     opened = Run.open(folder)
-    stages = [opened.stats, opened.warmup_stats]
+    # Of batches, rows are counted.
+    name, whole = "gradients", 1
     if "rows" in opened.stats:
-        rows = len(opened.dataset.train) + len(opened.dataset.validation)
-        return float(sum(np.sum(stage["rows"], dtype=np.float64) for stage in stages) / rows)
-    return float(sum(np.sum(stage["gradients"], dtype=np.float64) for stage in stages))
+        name, whole = "rows", len(opened.dataset.train) + len(opened.dataset.validation)
+    stages = (opened.stats, opened.warmup_stats)
+    counted = sum(np.sum(stage[name], dtype=np.float64) for stage in stages)
+    return {
+        "gradients": float(counted / whole),
+        "chains_ok": sum(chain.status == "ok" for chain in opened.status),
+    }

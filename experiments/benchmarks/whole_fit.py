@@ -147,9 +147,14 @@ def peer_fit(
 
 
 def our_run(
-    settings: Settings, name: str, changes: dict[str, Any], watch=None, cache: Path | None = None
+    settings: Settings,
+    name: str,
+    changes: dict[str, Any],
+    watch=None,
+    cache: Path | None = None,
+    config: Path = CONFIG,
 ) -> dict[str, Any]:
-    """Run ``bnnmcmc run experiments/airfoil.toml`` into ``folder/name``.
+    """Run ``bnnmcmc run experiments/airfoil.toml``, or another config, into ``folder/name``.
 
     Parameters
     ----------
@@ -161,10 +166,11 @@ def our_run(
         See `processes.run`.
     cache : Path, optional
         The folder of the compilation cache; an empty one if not given.
+    config : Path
     """
     out = settings.folder / name
     ended = run(
-        bnnmcmc("run", CONFIG, "--out", out, *setting_words(changes)),
+        bnnmcmc("run", config, "--out", out, *setting_words(changes)),
         settings.folder / f"{name}.log",
         environment=our_environment(settings, cache or settings.folder / f"{name}.cache"),
         watch=watch,
