@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from bnnmcmc.ensemble import fit_ensemble as fit_ensemble
     from bnnmcmc.ensemble import make_optimiser as make_optimiser
     from bnnmcmc.errors import InputError as InputError
+    from bnnmcmc.errors import UnseenWarning as UnseenWarning
+    from bnnmcmc.estimators import BNNClassifier as BNNClassifier
+    from bnnmcmc.estimators import BNNRegressor as BNNRegressor
     from bnnmcmc.likelihoods import Likelihood as Likelihood
     from bnnmcmc.likelihoods import bernoulli as bernoulli
     from bnnmcmc.likelihoods import categorical as categorical
@@ -62,6 +65,8 @@ if TYPE_CHECKING:
     from bnnmcmc.targets import Target as Target
 
 _HOMES = {
+    "BNNClassifier": "estimators.BNNClassifier",
+    "BNNRegressor": "estimators.BNNRegressor",
     "Dataset": "data.Dataset",
     "Ensemble": "ensemble.Ensemble",
     "Hierarchy": "priors.Hierarchy",
@@ -80,6 +85,7 @@ _HOMES = {
     "Samples": "sampling.Samples",
     "Split": "data.Split",
     "Target": "targets.Target",
+    "UnseenWarning": "errors.UnseenWarning",
     "Warmup": "samplers.kernel.Warmup",
     "bernoulli": "likelihoods.bernoulli",
     "categorical": "likelihoods.categorical",

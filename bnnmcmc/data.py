@@ -13,6 +13,7 @@ import math
 import operator
 import os
 import re
+import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
 import numpy as np
 
-from bnnmcmc.errors import InputError
+from bnnmcmc.errors import InputError, UnseenWarning
 
 if TYPE_CHECKING:
     import pandas
@@ -82,12 +83,19 @@ class FeatureColumn:
         One 0/1 column for each of them; None for a numeric column.
     center, scale : float
         A numeric value ``v`` becomes ``(v - center) / scale``.
+    fill : float or None
+        What stands for a missing number: the median of the training part. None where a missing
+        value is an error.
+    gaps : bool
+        Whether values were missing in the training table: then one more 0/1 column says where.
     """
 
     name: str
     categories: tuple[str, ...] | None
     center: float
     scale: float
+    fill: float | None = None
+    gaps: bool = False
 
 
 @dataclass(frozen=True)
@@ -125,6 +133,9 @@ class Encoding:
         Whether new rows are matched by column name (True) or by position (False).
     columns : tuple of str
         All columns of the training table, used or not, in its order: what positions mean.
+    tolerant : bool
+        Whether missing values and unseen categories of new rows are encoded, with a warning where
+        the training table had none in that column (see `prepare`), or are errors.
     """
 
     task: Task
@@ -133,17 +144,21 @@ class Encoding:
     classes: tuple[Label, ...] | None
     has_header: bool
     columns: tuple[str, ...] = ()
+    tolerant: bool = False
 
     @property
     def feature_names(self) -> tuple[str, ...]:
-        """Names of the encoded columns, such as ``"age"`` and ``"color=red"``."""
+        """Names of the encoded columns: ``"age"``, ``"color=red"``, ``"age is missing"``."""
         return tuple(
             name
             for feature in self.features
             for name in (
-                [feature.name]
-                if feature.categories is None
-                else [f"{feature.name}={category}" for category in feature.categories]
+                *(
+                    [feature.name]
+                    if feature.categories is None
+                    else [f"{feature.name}={category}" for category in feature.categories]
+                ),
+                *([f"{feature.name} is missing"] if feature.gaps else []),
             )
         )
 
@@ -159,7 +174,12 @@ class Encoding:
         -------
         dict
         """
-        return json.loads(json.dumps(asdict(self), allow_nan=False))
+        fields = json.loads(json.dumps(asdict(self), allow_nan=False))
+        if not self.tolerant:  # as before there was a choice: fingerprints of runs stay as they are
+            del fields["tolerant"]
+            for feature in fields["features"]:
+                del feature["fill"], feature["gaps"]
+        return fields
 
     @staticmethod
     def from_json(fields: dict[str, Any]) -> "Encoding":
@@ -188,6 +208,8 @@ class Encoding:
                         categories=None if f["categories"] is None else tuple(f["categories"]),
                         center=f["center"],
                         scale=f["scale"],
+                        fill=f.get("fill"),
+                        gaps=f.get("gaps", False),
                     )
                     for f in fields["features"]
                 ),
@@ -195,6 +217,7 @@ class Encoding:
                 classes=None if fields["classes"] is None else tuple(fields["classes"]),
                 has_header=fields["has_header"],
                 columns=tuple(fields["columns"]),
+                tolerant=fields.get("tolerant", False),
             )
         except (KeyError, TypeError) as error:
             raise InputError(
@@ -828,10 +851,15 @@ def _is_decimal_comma(cell: Any) -> bool:
 
 
 def _check_numbers(
-    table: Table, name: str, values: np.ndarray, bad: np.ndarray, if_text: str
+    table: Table,
+    name: str,
+    values: np.ndarray,
+    bad: np.ndarray,
+    if_text: str,
+    gaps: bool = False,
 ) -> None:
-    """Raise an error that names the first cell that is not a finite number."""
-    wrong = ~np.isfinite(values)
+    """Raise an error that names the first cell that is not a finite number (``gaps``: or empty)."""
+    wrong = bad | np.isinf(values) if gaps else ~np.isfinite(values)
     if not wrong.any():
         return
     row = int(wrong.argmax())
@@ -887,14 +915,14 @@ def _levels(column: "pandas.Series") -> tuple[np.ndarray, list[Any]]:
     return lookup[codes], [first[label] for label in labels]
 
 
-def _check_levels(table: Table, name: str, codes: np.ndarray) -> None:
-    """Raise an error that names the first cell without a category."""
+def _check_levels(table: Table, name: str, codes: np.ndarray, gaps: bool = False) -> None:
+    """Raise an error that names the first cell without a category (allowed with ``gaps``)."""
     column, missing = table.frame[name], codes < 0
-    if missing.any():
+    if missing.any() and not gaps:
         row = int(missing.argmax())
         raise InputError(_missing(_at(table, row, name), column.iloc[row], _more(missing, "cell")))
     if column.dtype.kind == "f":
-        _check_numbers(table, name, *_floats(column), if_text="")
+        _check_numbers(table, name, *_floats(column), if_text="", gaps=gaps)
 
 
 # ------------------------------------------------------------------------------------ prepare
@@ -919,12 +947,19 @@ def prepare(
     categorical: Sequence[str] = (),
     split: Split = Split(),
     batch_size: int | None = None,
+    tolerant: bool = False,
 ) -> Dataset:
     """Check a table, split it, and encode and scale it by its training part.
 
     Columns of text, categories and truth values become 0/1 columns, one for each category of
     the whole table. A column of text in which at most half of the cells are not numbers counts
     as numeric with mistakes.
+
+    With ``tolerant``, a missing number becomes the median of the training part and a missing
+    category 0 in all columns of its categories; a column with gaps gets one more 0/1 column that
+    says where they are. In new rows, a category that the table did not have becomes 0 in all
+    columns too; that, and a gap in a column that had none, is an `UnseenWarning`. Columns that are
+    constant in the training part are kept, as 0. Gaps in targets stay errors.
 
     Parameters
     ----------
@@ -944,6 +979,8 @@ def prepare(
         Which rows train, validate and test.
     batch_size : int, optional
         The training part must have as many rows.
+    tolerant : bool
+        See above; else gaps, unseen categories and constant columns are errors.
 
     Returns
     -------
@@ -961,7 +998,7 @@ def prepare(
     raw: list[_RawFeature] = []
     for name in names:
         try:
-            raw.append(_read_feature(table, name, name in _names(categorical)))
+            raw.append(_read_feature(table, name, name in _names(categorical), tolerant))
         except InputError as error:
             problems.append(str(error))
     y = np.empty((rows, 0))
@@ -976,7 +1013,7 @@ def prepare(
     _fail(table.name, problems)
 
     train, validation, test = _split(table, split, rows, y if classes else None, classes)
-    fitted, problems = _fit_features(table, raw, train)
+    fitted, problems = _fit_features(table, raw, train, tolerant)
     if classes is None:
         columns, more = _fit_targets(table, targets, y, train)
         y = (y - [c.center for c in columns]) / [c.scale for c in columns] if not more else y
@@ -991,7 +1028,7 @@ def prepare(
         )
     _fail(table.name, problems)
     encoding = Encoding(
-        task, fitted, columns, classes, table.has_header, tuple(table.frame.columns)
+        task, fitted, columns, classes, table.has_header, tuple(table.frame.columns), tolerant
     )
     x = np.column_stack([_encode(f, r.values) for f, r in zip(fitted, raw, strict=True)])
     return Dataset(x, y, train, validation, test, encoding, table.name)
@@ -1088,8 +1125,8 @@ def _choose_columns(
     return targets, names
 
 
-def _read_feature(table: Table, name: str, listed: bool) -> _RawFeature:
-    """Return a feature column whose every cell can be used."""
+def _read_feature(table: Table, name: str, listed: bool, gaps: bool) -> _RawFeature:
+    """Return a feature column whose every cell can be used, or with ``gaps`` is empty."""
     column = table.frame[name]
     if not listed and not _is_categorical(table, name):
         values, bad = _floats(column)
@@ -1099,10 +1136,11 @@ def _read_feature(table: Table, name: str, listed: bool) -> _RawFeature:
             values,
             bad,
             "correct the cell, or if the column is categorical, list it in data.categorical",
+            gaps,
         )
         return _RawFeature(name, values, None)
     codes, levels = _levels(column)
-    _check_levels(table, name, codes)
+    _check_levels(table, name, codes, gaps)
     if len(levels) > MAX_CATEGORIES:
         raise InputError(
             f"{table.name}, column {name!r}: found {len(levels)} categories "
@@ -1144,11 +1182,16 @@ def _read_classes(table: Table, name: str) -> tuple[np.ndarray, tuple[Label, ...
 
 
 def _fit_features(
-    table: Table, raw: Sequence[_RawFeature], train: np.ndarray
+    table: Table, raw: Sequence[_RawFeature], train: np.ndarray, tolerant: bool
 ) -> tuple[tuple[FeatureColumn, ...], list[str]]:
     """Scale by the training rows; the second result lists columns that cannot be scaled."""
     fitted, constant, problems = [], [], []
     for feature in raw:
+        if tolerant:
+            column, more = _fit_tolerant(table, feature, train)
+            fitted.append(column)
+            problems += more
+            continue
         values = feature.values[train]
         center, scale = 0.0, 1.0
         if (values == values[0]).all():
@@ -1166,6 +1209,29 @@ def _fit_features(
             f"and cannot be scaled; leave it out: data.drop = [{names}]"
         )
     return tuple(fitted), problems
+
+
+def _fit_tolerant(
+    table: Table, feature: _RawFeature, train: np.ndarray
+) -> tuple[FeatureColumn, list[str]]:
+    """Scale a column that may have gaps or be constant."""
+    gaps = bool(_gaps(feature.values, feature.categories).any())
+    if feature.categories is not None:
+        return FeatureColumn(feature.name, feature.categories, 0.0, 1.0, gaps=gaps), []
+    values = feature.values[train]
+    known = values[~np.isnan(values)]
+    if not len(known):
+        return FeatureColumn(feature.name, None, 0.0, 1.0, 0.0, gaps), [
+            f"{table.name}, column {feature.name!r}: found no value in the "
+            f"{_rows(len(train))} of the training part; fill it in, or leave the column out"
+        ]
+    fill = float(np.median(known))
+    values = np.where(np.isnan(values), fill, values)
+    if (values == values[0]).all():
+        return FeatureColumn(feature.name, None, float(values[0]), 1.0, fill, gaps), []
+    center, scale = _center_and_scale(values)
+    problems = _spread_problem(table, feature.name, scale)
+    return FeatureColumn(feature.name, None, center, scale, fill, gaps), problems
 
 
 def _fit_targets(
@@ -1213,11 +1279,21 @@ def _absent_classes(
     ]
 
 
+def _gaps(values: np.ndarray, categories: tuple[str, ...] | None) -> np.ndarray:
+    """Return (rows,) where a number is NaN, or the index of a category -1."""
+    return np.isnan(values) if categories is None else values < 0
+
+
 def _encode(feature: FeatureColumn, values: np.ndarray) -> np.ndarray:
-    """Return (rows, 1 or categories) of scaled numbers, or of 0 and 1."""
+    """Return (rows, columns) of scaled numbers, or of 0 and 1; with what is said of gaps."""
+    missing = _gaps(values, feature.categories)
     if feature.categories is None:
-        return ((values - feature.center) / feature.scale)[:, None]
-    return (values[:, None] == np.arange(len(feature.categories))).astype(np.float64)
+        if feature.fill is not None:
+            values = np.where(missing, feature.fill, values)
+        encoded = ((values - feature.center) / feature.scale)[:, None]
+    else:
+        encoded = (values[:, None] == np.arange(len(feature.categories))).astype(np.float64)
+    return np.column_stack([encoded, missing]) if feature.gaps else encoded
 
 
 # -------------------------------------------------------------------------------------- split
@@ -1412,13 +1488,15 @@ def encode_features(encoding: Encoding, table: Table) -> np.ndarray:
     ------
     InputError
         No rows, a missing column, another number of columns, or a cell that is missing, not a
-        number, or a category that the training table did not have.
+        number, or a category that the training table did not have. The encoding of a tolerant
+        `prepare` takes missing cells and unseen categories, with an `UnseenWarning` where the
+        training table had none.
     """
     table = _aligned(encoding, table)
     problems, encoded = [], []
     for feature in encoding.features:
         try:
-            encoded.append(_encode(feature, _new_values(table, feature)))
+            encoded.append(_encode(feature, _new_values(table, feature, encoding.tolerant)))
         except InputError as error:
             problems.append(str(error))
     _fail(table.name, problems)
@@ -1499,28 +1577,54 @@ def _aligned(encoding: Encoding, table: Table) -> Table:
     )
 
 
-def _new_values(table: Table, feature: FeatureColumn) -> np.ndarray:
+def _new_values(table: Table, feature: FeatureColumn, tolerant: bool) -> np.ndarray:
     if feature.categories is not None:
-        return _known_codes(table, feature.name, feature.categories, "category")
-    values, bad = _floats(table.frame[feature.name])
-    _check_numbers(table, feature.name, values, bad, "the training column was numeric")
+        values = _known_codes(table, feature.name, feature.categories, "category", tolerant)
+    else:
+        values, bad = _floats(table.frame[feature.name])
+        advice = "the training column was numeric"
+        _check_numbers(table, feature.name, values, bad, advice, tolerant)
+    if tolerant and not feature.gaps:
+        column = table.frame[feature.name]
+        missing = (column.isna() | (column == "")).to_numpy(dtype=bool)
+        if feature.categories is None:
+            missing = np.isnan(values)
+        if missing.any():
+            filled = "0 in all columns of its categories"
+            if feature.categories is None:
+                filled = f"the median, {feature.fill:g}"
+            row = int(missing.argmax())
+            _warn_unseen(
+                f"{_at(table, row, feature.name)}: found a missing value"
+                f"{_more(missing, 'cell')}, but none was missing in training; encoded as {filled}"
+            )
     return values
 
 
-def _known_codes(table: Table, name: str, labels: Sequence[str], what: str) -> np.ndarray:
-    """Return (rows,) indices into the labels of the training table."""
+def _warn_unseen(message: str) -> None:
+    warnings.warn(message, UnseenWarning, stacklevel=2)
+
+
+def _known_codes(
+    table: Table, name: str, labels: Sequence[str], what: str, tolerant: bool = False
+) -> np.ndarray:
+    """Return (rows,) indices into the labels of the training table, -1 where there is none."""
     codes, levels = _levels(table.frame[name])
-    _check_levels(table, name, codes)
+    _check_levels(table, name, codes, tolerant)
     index = {label: i for i, label in enumerate(labels)}
-    known = np.array([index.get(_label(level), -1) for level in levels], dtype=np.int64)[codes]
-    unseen = known < 0
+    # The last entry is for code -1, the missing cells.
+    lookup = np.array([index.get(_label(level), -1) for level in levels] + [-1], dtype=np.int64)
+    known = lookup[codes]
+    unseen = (known < 0) & (codes >= 0)
     if unseen.any():
         row = int(unseen.argmax())
-        raise InputError(
+        found = (
             f"{_at(table, row, name)}: found the {what} {str(levels[codes[row]])!r}"
-            f"{_more(unseen, 'cell')}, which the training table did not have; expected one of "
-            f"{_listed(labels)}"
+            f"{_more(unseen, 'cell')}, which the training table did not have; "
         )
+        if not tolerant:
+            raise InputError(f"{found}expected one of {_listed(labels)}")
+        _warn_unseen(f"{found}encoded as 0 in all columns of its categories")
     return known
 
 

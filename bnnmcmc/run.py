@@ -482,6 +482,7 @@ def sample(
     dataset: Dataset | None = None,
     until: Target | None = None,
     held_out: tuple[Any, Any] | None = None,
+    weights: Any = None,
     **options,
 ) -> Run:
     """Sample a neural network's posterior with one chain per start position.
@@ -503,6 +504,8 @@ def sample(
     held_out : tuple of arrays, optional
         Inputs and targets of rows that are not among x: predictions there are followed for
         ``until.ess``, those of x if not given; ``until.lppd`` needs them. Not the test rows.
+    weights : array (rows,), optional
+        What each row counts for in the likelihood (`Posterior.log_likelihood`); 1 if not given.
     **options
         As in `sample_density`: kernel ("mclmc" if not given), warmup, draws, thin, seed,
         placement (chosen by the sizes of the problem if not given, see `calibration.choose`),
@@ -538,7 +541,8 @@ def sample(
         options["on_block"] = _checked(checks, options.get("on_block"), options.get("draws", 1000))
         options["block_end"] = checks.next
     density = RowDensity(at_work.log_prior, at_work.log_likelihood)
-    samples = sample_density(density, starts, data=(x, y), **options)
+    data = (x, y) if weights is None else (x, y, jnp.asarray(weights, x.dtype))
+    samples = sample_density(density, starts, data=data, **options)
     draws = draws_in_memory(samples.draws)
     wanted = kernel_named(options["kernel"]).wanted
     thin, stopped = options.get("thin", 1), samples.stopped
