@@ -5,7 +5,7 @@ Draws come in blocks, rows in chunks: memory is set by their sizes, not by how m
 
 import functools
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -36,12 +36,44 @@ class Draws(NamedTuple):
         How many.
     blocks : callable
         ``blocks()`` iterates over NumPy arrays (chain, count, size) in order.
+    weights : numpy array (chain,), optional
+        What each chain counts in a pool, adding up to one; all the same if not given.
     """
 
     layout: trees.Layout
     chains: int
     draws: int
     blocks: Callable[[], Iterable[np.ndarray]]
+    weights: np.ndarray | None = None
+
+    @property
+    def shares(self) -> np.ndarray:
+        """What one draw of each chain counts in a pool, (chain,); all draws together count one."""
+        if self.weights is None:
+            return np.full(self.chains, 1 / (self.chains * self.draws))
+        return np.asarray(self.weights, np.float64) / self.draws
+
+
+class Components(NamedTuple):
+    """All that is needed to compute the mixture that pools draws, for some rows.
+
+    Parameters
+    ----------
+    posterior : Posterior
+    draws : Draws
+    x : numpy array (rows, features)
+        As the network sees them.
+    seed : int
+        For samples.
+    first_row : int
+        The number of the first row.
+    """
+
+    posterior: Any
+    draws: Draws
+    x: np.ndarray
+    seed: int = 0
+    first_row: int = 0
 
 
 def draws_in_memory(tree: Any) -> Draws:
@@ -64,9 +96,14 @@ class Pooled:
     epistemic : numpy array (rows, targets) or None
         Variance over draws of the draws' means; the rest of ``variance`` is noise.
     samples : numpy array (samples, rows, targets) or None
-        Draws from the mixture (regression), by posterior draw, then chain: as many from each.
+        Draws from the mixture (regression), by posterior draw, then chain: as many from each, or
+        in proportion to its weight, the largest of which keeps all.
     probabilities : numpy array (rows, classes) or None
         Pooled class probabilities (classification).
+    expected_entropy : numpy array (rows,) or None
+        Mean over draws of the entropy of a draw's class probabilities, in nats.
+    components : Components or None
+        What the mixture is made of, to compute more of it (see `bnnmcmc.mixture`).
     """
 
     log_density: np.ndarray | None
@@ -75,6 +112,8 @@ class Pooled:
     epistemic: np.ndarray | None
     samples: np.ndarray | None
     probabilities: np.ndarray | None
+    expected_entropy: np.ndarray | None = None
+    components: Components | None = None
 
 
 def _batches(draws: Draws, size: int | None = None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -167,7 +206,8 @@ def pool(posterior, draws: Draws, x, y=None, *, seed: int = 0, first_row: int = 
             posterior, evaluator.placement, rows, x[here], None if y is None else y[here]
         )
         parts.append(_pool_rows(draws, evaluator, every, key, shared))
-    return _join(parts)
+    components = Components(posterior, draws, np.asarray(x), seed, first_row)
+    return replace(_join(parts), components=components)
 
 
 def _check_rows(posterior, x, y) -> None:
@@ -209,7 +249,10 @@ def _evaluator(posterior, of: trees.Layout, per_draw: int, scored: bool, batch: 
         def sample_row(row, output):
             # A key per row, so that a sample does not depend on which rows share a call.
             alone = likelihood.distribution(position["likelihood"], output[None])
-            return alone.sample(jax.random.fold_in(draw_key, row), (per_draw,))[:, 0]
+            samples = alone.sample(jax.random.fold_in(draw_key, row), (per_draw,))[:, 0]
+            # What is drawn from counts with a rate that is no number would be a number.
+            counts = jnp.issubdtype(samples.dtype, jnp.integer)
+            return jnp.where(jnp.isnan(alone.mean[0]), jnp.nan, samples) if counts else samples
 
         result = {}
         if scored:
@@ -246,53 +289,82 @@ def _shared(posterior, placement: Placement, rows: np.ndarray, x, y) -> tuple:
 
 
 def _pool_rows(draws: Draws, evaluator: _Evaluator, every: int, key, shared: tuple) -> Pooled:
-    total = draws.chains * draws.draws
-    log_sum: Any = None
+    shares = draws.shares
+    log_density: Any = None
     sums: dict[str, Any] = {}
     samples: Any = None
     for numbers, flat in _batches(draws):
         found = evaluator.evaluate(numbers, flat, key, *shared)
+        draw, chain = np.divmod(numbers, draws.chains)
+        share = shares[chain]
         # float64 on the host: sums over many draws lose nothing. A NaN or an infinity in a draw
         # shall show in the result, not in a warning.
-        with np.errstate(invalid="ignore", over="ignore"):
+        with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
             if "log_density" in found:
-                batch = np.logaddexp.reduce(found["log_density"].astype(np.float64), axis=0)
-                log_sum = batch if log_sum is None else np.logaddexp(log_sum, batch)
+                each = found["log_density"].astype(np.float64) + np.log(share)[:, None]
+                batch = np.logaddexp.reduce(each, axis=0)
+                log_density = batch if log_density is None else np.logaddexp(log_density, batch)
             if "probabilities" in found:
-                _add(sums, "probabilities", found["probabilities"].astype(np.float64).sum(axis=0))
+                p = found["probabilities"].astype(np.float64)
+                _add(sums, "probabilities", np.tensordot(share, p, axes=1))
+                _add(sums, "entropy", np.tensordot(share, entropy(p), axes=1))
                 continue
             mean = found["mean"].astype(np.float64)
-            _add(sums, "mean", mean.sum(axis=0))
-            _add(sums, "variance", found["variance"].astype(np.float64).sum(axis=0))
-            _add_squares(sums, mean)
+            _add(sums, "variance", np.tensordot(share, found["variance"].astype(float), axes=1))
+            _add_squares(sums, mean, share)
         if samples is None:
             slots = draws.chains * -(-draws.draws // every)
             samples = np.empty((slots, *found["samples"].shape[1:]), found["samples"].dtype)
-        draw, chain = np.divmod(numbers, draws.chains)
         chosen = draw % every == 0
         samples[draw[chosen] // every * draws.chains + chain[chosen]] = found["samples"][chosen]
-    log_density = None if log_sum is None else log_sum - np.log(total)
     if "probabilities" in sums:
-        return Pooled(log_density, None, None, None, None, sums["probabilities"] / total)
-    epistemic = sums["squares"] / total
+        return Pooled(log_density, None, None, None, None, sums["probabilities"], sums["entropy"])
+    epistemic = sums["squares"] / sums["n"]
+    if draws.weights is not None:
+        samples = samples[_slots_by_weight(draws, len(samples))]
     return Pooled(
         log_density,
-        sums["mean"] / total,
-        sums["variance"] / total + epistemic,
+        sums["centre"],
+        sums["variance"] + epistemic,
         epistemic,
         samples.reshape(-1, *samples.shape[2:]),
         None,
     )
 
 
+def entropy(probabilities: np.ndarray) -> np.ndarray:
+    r"""Return the entropy :math:`-\sum_c p_c \log p_c` over the last axis, in nats."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        logs = np.where(probabilities == 0, 0.0, np.log(probabilities))
+    return -(probabilities * logs).sum(axis=-1)
+
+
+def _slots_by_weight(draws: Draws, slots: int) -> np.ndarray:
+    """Return which of the kept samples stay, so that chains have them in proportion to weights."""
+    assert draws.weights is not None
+    each = slots // draws.chains
+    kept = []
+    for chain, weight in enumerate(draws.weights / np.max(draws.weights)):
+        count = round(each * weight)
+        # Evenly spaced over the chain.
+        kept.append((np.arange(count) * each // max(count, 1)) * draws.chains + chain)
+    return np.sort(np.concatenate(kept))
+
+
 def _add(sums: dict, name: str, value) -> None:
     sums[name] = sums[name] + value if name in sums else value
 
 
-def _add_squares(sums: dict, mean: np.ndarray) -> None:
-    """Merge squared deviations of a batch (Chan et al. 1983): no cancellation at large means."""
-    n, centre = len(mean), mean.mean(axis=0)
-    squares = np.square(mean - centre).sum(axis=0)
+def _add_squares(sums: dict, mean: np.ndarray, share: np.ndarray) -> None:
+    """Merge weighted squared deviations of a batch: no cancellation at large means.
+
+    As Chan et al. (1983), with weights in the place of counts.
+    """
+    n = share.sum()
+    if n == 0:  # draws of chains that count nothing
+        return
+    centre = np.tensordot(share, mean, axes=1) / n
+    squares = np.tensordot(share, np.square(mean - centre), axes=1)
     if "squares" not in sums:
         sums.update(n=n, centre=centre, squares=squares)
         return
@@ -317,6 +389,7 @@ def _join(parts: list[Pooled]) -> Pooled:
         join("epistemic"),
         join("samples", axis=1),
         join("probabilities"),
+        join("expected_entropy"),
     )
 
 
@@ -365,3 +438,56 @@ def per_draw(
                 result[name] = np.empty(shape, value.dtype)
             result[name][chain, draw] = value
     return result
+
+
+def network_outputs(components: Components, rows: slice) -> tuple[Any, np.ndarray]:
+    """Return what every single draw's network puts out for some rows.
+
+    Parameters
+    ----------
+    components : Components
+    rows : slice
+        Of ``components.x``. Memory grows with draws times rows.
+
+    Returns
+    -------
+    params : pytree
+        The likelihood's own parameters, leaves (draws, *leaf).
+    outputs : numpy array (draws, rows, outputs)
+        Draws are in the order of their numbers, ``draw * chains + chain``.
+    """
+    posterior, draws = components.posterior, components.draws
+    batch = _batch_size(draws)
+    evaluator = _output_evaluator(posterior, draws.layout, batch)
+    x = jnp.asarray(components.x[rows], jnp.result_type(float))
+    (x,) = replicate((x,), evaluator.placement)
+    outputs, params = None, []
+    for numbers, flat in _batches(draws):
+        found = evaluator.evaluate(numbers, flat, x)["outputs"]
+        if outputs is None:
+            outputs = np.empty((draws.chains * draws.draws, *found.shape[1:]), found.dtype)
+        outputs[numbers] = found
+        own = trees.unflatten(flat, draws.layout)["likelihood"]
+        params.append(jax.tree.map(np.array, own))  # copies: views would keep all weights
+    assert outputs is not None
+    return jax.tree.map(lambda *leaves: np.concatenate(leaves), *params), outputs
+
+
+@functools.lru_cache(maxsize=16)
+def _output_evaluator(posterior, of: trees.Layout, batch: int) -> _Evaluator:
+    """Compile the network's outputs of a batch of draws on rows, spread over the devices."""
+    unravel = trees.unraveler(trees.unflatten(jnp.zeros((of.size,)), of))
+    placement = place(batch)
+
+    def one(flat, x):
+        params = posterior.network_params(unravel(flat))
+        return {"outputs": posterior.network.apply(params, x)}
+
+    compiled = over_chains(one, placement)
+
+    def evaluate(numbers, flat, x):
+        padded = np.concatenate([flat, np.repeat(flat[-1:], batch - len(numbers), axis=0)])
+        found = gather(compiled(spread(padded, placement), x), placement)
+        return {name: value[: len(numbers)] for name, value in found.items()}
+
+    return _Evaluator(placement, evaluate)

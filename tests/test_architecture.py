@@ -38,6 +38,7 @@ MAY_IMPORT = {
     "store": {"trees", "processes"},
     "symmetry": {"trees"},
     "predictive": {"likelihoods", "trees", "placement", "keys"},
+    "mixture": {"predictive", "likelihoods", "placement", "keys"},
     "convergence": set(),
     "diagnostics": {"convergence", "store", "metrics", "symmetry", "health", "trees"},
     "targets": {"diagnostics"},
