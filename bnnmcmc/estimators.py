@@ -9,7 +9,6 @@ import numpy as np
 import pandas as pd
 from rich.console import Console
 from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
-from sklearn.exceptions import DataConversionWarning
 from sklearn.utils import check_random_state
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import (
@@ -170,6 +169,47 @@ class _BNN(BaseEstimator):
         """
         check_is_fitted(self)
         return self.run_.predict(self._table(X, reset=False))
+
+    def sample(self, X: Any, n: int = 1, random_state: Any = 0) -> np.ndarray:
+        """Draw from the predictive distribution.
+
+        Parameters
+        ----------
+        X : array or DataFrame (rows, features)
+        n : int
+            Samples of each row.
+        random_state : int, RandomState or None
+
+        Returns
+        -------
+        numpy array (n, rows) or (n, rows, targets)
+            Of a regression, a sample has the same posterior draw in all rows.
+        """
+        found = self.predict_distribution(X).sample(n, _seed(random_state))
+        return found[..., 0] if found.ndim == 3 and self._one_target else found
+
+    def log_prob(self, X: Any, y: Any) -> np.ndarray:
+        """Return the log predictive density (of classes: probability) of observed targets.
+
+        Parameters
+        ----------
+        X : array or DataFrame (rows, features)
+        y : array, Series or DataFrame (rows,) or (rows, targets)
+            In target units, or labels.
+
+        Returns
+        -------
+        numpy array (rows,)
+            Joint over targets; its mean is the LPPD.
+
+        Raises
+        ------
+        InputError
+            A label that was not there in training, or another number of rows or targets.
+        """
+        prediction = self.predict_distribution(X)
+        y = np.asarray(_as_array(y))
+        return prediction.log_prob(y.reshape(-1) if self._one_target else y)
 
     # ------------------------------------------------------------------------------ the fit
 
@@ -444,6 +484,7 @@ class BNNClassifier(ClassifierMixin, _BNN):
         """
         table = self._table(X, reset=True)
         name = _targets(self, y).columns[0]
+        self._one_target = True
         labels = column_or_1d(_as_array(y), warn=True)
         check_classification_targets(labels)
         classes, codes = np.unique(labels, return_inverse=True)
