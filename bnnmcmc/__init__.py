@@ -31,8 +31,15 @@ if TYPE_CHECKING:
     from bnnmcmc.estimators import BNNRegressor as BNNRegressor
     from bnnmcmc.likelihoods import Likelihood as Likelihood
     from bnnmcmc.likelihoods import bernoulli as bernoulli
+    from bnnmcmc.likelihoods import beta as beta
     from bnnmcmc.likelihoods import categorical as categorical
     from bnnmcmc.likelihoods import gaussian as gaussian
+    from bnnmcmc.likelihoods import gaussian_mixture as gaussian_mixture
+    from bnnmcmc.likelihoods import laplace as laplace
+    from bnnmcmc.likelihoods import negative_binomial as negative_binomial
+    from bnnmcmc.likelihoods import poisson as poisson
+    from bnnmcmc.likelihoods import student_t as student_t
+    from bnnmcmc.likelihoods import zero_inflated_poisson as zero_inflated_poisson
     from bnnmcmc.models.mlp import mlp as mlp
     from bnnmcmc.models.network import Network as Network
     from bnnmcmc.placement import place as place
@@ -88,19 +95,24 @@ _HOMES = {
     "UnseenWarning": "errors.UnseenWarning",
     "Warmup": "samplers.kernel.Warmup",
     "bernoulli": "likelihoods.bernoulli",
+    "beta": "likelihoods.beta",
     "categorical": "likelihoods.categorical",
     "fit_ensemble": "ensemble.fit_ensemble",
     "gaussian": "likelihoods.gaussian",
-    "hmc": "samplers.hmc.hmc",
+    "gaussian_mixture": "likelihoods.gaussian_mixture",
     "hierarchical_prior": "priors.hierarchical",
+    "hmc": "samplers.hmc.hmc",
     "independent_prior": "priors.independent",
+    "laplace": "likelihoods.laplace",
     "make_optimiser": "ensemble.make_optimiser",
     "mams": "samplers.mams.mams",
     "mclmc": "samplers.mclmc.mclmc",
     "mlp": "models.mlp.mlp",
+    "negative_binomial": "likelihoods.negative_binomial",
     "normal_prior": "priors.normal",
     "nuts": "samplers.nuts.nuts",
     "place": "placement.place",
+    "poisson": "likelihoods.poisson",
     "prepare": "data.prepare",
     "read_table": "data.read_table",
     "sample": "run.sample",
@@ -108,10 +120,12 @@ _HOMES = {
     "sghmc": "samplers.sghmc.sghmc",
     "sgld": "samplers.sgld.sgld",
     "smile": "samplers.smile.smile",
+    "student_t": "likelihoods.student_t",
     "table_from_arrays": "data.table_from_arrays",
     "use_all_cores": "placement.use_all_cores",
     "use_compilation_cache": "compilation.use_compilation_cache",
     "use_precision": "placement.use_precision",
+    "zero_inflated_poisson": "likelihoods.zero_inflated_poisson",
 }
 
 __all__ = list(_HOMES)

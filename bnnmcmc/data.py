@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     import pandas
 
 Task = Literal["regression", "classification"]
+# What a numeric target can be: any number, a whole number from 0, a share between 0 and 1.
+Support = Literal["real", "count", "unit"]
 Label = str | int | float | bool
 
 MAX_CATEGORIES = 100
@@ -107,12 +109,18 @@ class TargetColumn:
     name : str
         Its name in the table.
     center, scale : float
-        A value ``v`` becomes ``(v - center) / scale``; 0 and 1 for classes.
+        A value ``v`` becomes ``(v - center) / scale``; 0 and 1 for classes, counts and shares.
+    support : {"real", "count", "unit"}
+        What the likelihood takes it for.
+    level : float
+        Of a count or a share: its mean in the training part.
     """
 
     name: str
     center: float
     scale: float
+    support: Support = "real"
+    level: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -174,12 +182,15 @@ class Encoding:
         -------
         dict
         """
-        fields = json.loads(json.dumps(asdict(self), allow_nan=False))
+        fields = asdict(self)
+        for target in fields["targets"]:
+            if target["support"] == "real":  # as in files from before there were others
+                del target["support"], target["level"]
         if not self.tolerant:  # as before there was a choice: fingerprints of runs stay as they are
             del fields["tolerant"]
             for feature in fields["features"]:
                 del feature["fill"], feature["gaps"]
-        return fields
+        return json.loads(json.dumps(fields, allow_nan=False))
 
     @staticmethod
     def from_json(fields: dict[str, Any]) -> "Encoding":
@@ -947,6 +958,7 @@ def prepare(
     categorical: Sequence[str] = (),
     split: Split = Split(),
     batch_size: int | None = None,
+    support: Support = "real",
     tolerant: bool = False,
 ) -> Dataset:
     """Check a table, split it, and encode and scale it by its training part.
@@ -979,6 +991,9 @@ def prepare(
         Which rows train, validate and test.
     batch_size : int, optional
         The training part must have as many rows.
+    support : {"real", "count", "unit"}
+        What the likelihood takes a numeric target for. Counts, and shares between 0 and 1, are
+        checked and stay as they are.
     tolerant : bool
         See above; else gaps, unseen categories and constant columns are errors.
 
@@ -1008,6 +1023,7 @@ def prepare(
             y, classes = _read_classes(table, targets[0])
         else:
             y = _read_numbers(table, targets)
+            _check_support(table, targets, y, [support] * len(targets))
     except InputError as error:
         problems.append(str(error))
     _fail(table.name, problems)
@@ -1015,7 +1031,7 @@ def prepare(
     train, validation, test = _split(table, split, rows, y if classes else None, classes)
     fitted, problems = _fit_features(table, raw, train, tolerant)
     if classes is None:
-        columns, more = _fit_targets(table, targets, y, train)
+        columns, more = _fit_targets(table, targets, y, train, support)
         y = (y - [c.center for c in columns]) / [c.scale for c in columns] if not more else y
     else:
         columns = (TargetColumn(targets[0], 0.0, 1.0),)
@@ -1234,13 +1250,45 @@ def _fit_tolerant(
     return FeatureColumn(feature.name, None, center, scale, fill, gaps), problems
 
 
+def _check_support(
+    table: Table, targets: Sequence[str], y: np.ndarray, supports: Sequence[Support]
+) -> None:
+    """Refuse numbers that the likelihood of a count or of a share cannot have."""
+    for name, values, support in zip(targets, y.T, supports, strict=True):
+        if support == "real":
+            continue
+        if support == "count":
+            wrong = (values < 0) | (values != np.floor(values))
+            expected = "whole numbers from 0 for a likelihood of counts"
+            advice = "correct the cell, or choose another likelihood, such as gaussian"
+        else:
+            # As they are computed with: in float32, 1 - 1e-9 is 1.
+            single = values.astype(np.float32)
+            wrong = (single <= 0) | (single >= 1)
+            expected = "numbers between 0 and 1, without these, for a beta likelihood"
+            advice = "move them inside, give percentages as shares, or choose another likelihood"
+        if wrong.any():
+            row = int(wrong.argmax())
+            raise InputError(
+                f"{_at(table, row, name)}: found {float(values[row])!r}{_more(wrong, 'cell')}, "
+                f"expected {expected}; {advice}"
+            )
+
+
 def _fit_targets(
-    table: Table, targets: Sequence[str], y: np.ndarray, train: np.ndarray
+    table: Table,
+    targets: Sequence[str],
+    y: np.ndarray,
+    train: np.ndarray,
+    support: Support = "real",
 ) -> tuple[tuple[TargetColumn, ...], list[str]]:
     fitted, problems = [], []
     for name, values in zip(targets, y[train].T, strict=True):
         center, scale = _center_and_scale(values)
-        fitted.append(TargetColumn(name, center, scale))
+        if support == "real":
+            fitted.append(TargetColumn(name, center, scale))
+        else:
+            fitted.append(TargetColumn(name, 0.0, 1.0, support, center))
         if (values == values[0]).all():
             problems.append(
                 f"{table.name}, target {name!r}: found the one value {float(values[0])!r} in all "
@@ -1532,6 +1580,7 @@ def encode_targets(encoding: Encoding, table: Table) -> np.ndarray | None:
         labels = [_label(label) for label in encoding.classes]
         return _known_codes(table, names[0], labels, "class")
     y = _read_numbers(table, names)
+    _check_support(table, names, y, [target.support for target in encoding.targets])
     return (y - [t.center for t in encoding.targets]) / [t.scale for t in encoding.targets]
 
 

@@ -21,7 +21,7 @@ from sklearn.utils.validation import (
 )
 
 from bnnmcmc.config import Config, parse
-from bnnmcmc.data import Dataset, Split, Table, prepare, table_from_arrays
+from bnnmcmc.data import Split, Table, prepare, table_from_arrays
 from bnnmcmc.errors import InputError
 from bnnmcmc.fitting import Fit, fit, more_draws
 from bnnmcmc.placement import use_cores_if_new
@@ -242,23 +242,19 @@ class _BNN(BaseEstimator):
         names = tuple(targets.columns)
         whole = pd.concat([frame, targets], axis=1)
         seed = _seed(self.random_state)
+        validation = _validation_rows(len(whole), self.validation_fraction, codes, seed)
+        config = self._config(classes is None, len(whole) - len(validation), seed)
         dataset = prepare(
             replace(table, frame=whole, default_target=names),
             task="regression" if classes is None else "classification",
             categorical=self._categorical(list(frame.columns)),
-            split=Split(
-                validation=0.0,
-                validation_rows=_validation_rows(
-                    len(whole), self.validation_fraction, codes, seed
-                ).tolist(),
-                test_rows=[],
-            ),
+            split=Split(validation=0.0, validation_rows=validation.tolist(), test_rows=[]),
+            support=config.support,
             tolerant=True,
         )
         if classes is not None:
             encoding = replace(dataset.encoding, classes=tuple(classes.tolist()))
             dataset = replace(dataset, encoding=encoding)
-        config = self._config(dataset, seed)
         use_cores_if_new()
         self.fit_: Fit = fit(
             config, dataset, weights, budget=self.time_budget, console=self._console()
@@ -307,15 +303,14 @@ class _BNN(BaseEstimator):
             found.append(column)
         return found
 
-    def _config(self, dataset: Dataset, seed: int) -> Config:
+    def _config(self, numeric: bool, rows: int, seed: int) -> Config:
         """Return the parameters as a config, checked."""
         sampler = _section("kernel", self.sampler)
         for name in ("warmup", "draws", "thin"):
             if getattr(self, name) is not None:
                 sampler[name] = getattr(self, name)
         likelihood = self.likelihood if self.likelihood is not None else self._default_likelihood()
-        rows = len(dataset.train)
-        tables = {
+        tables: dict[str, Any] = {
             "data": {"source": "memory"},
             "model": {"hidden": list(self.hidden), "activation": self.activation},
             "likelihood": _section("kind", likelihood),
@@ -328,7 +323,7 @@ class _BNN(BaseEstimator):
             raise InputError("ensemble.members: the parameter chains says how many; remove it")
         tables["ensemble"]["members"] = self.chains
         config = parse(_plain(tables), type(self).__name__)
-        if config.task != dataset.encoding.task:
+        if (config.task == "regression") != numeric:
             raise InputError(
                 f"likelihood.kind: found {config.likelihood.kind!r}, which is for "
                 f"{config.task}, not for {type(self).__name__}"

@@ -30,9 +30,9 @@ from bnnmcmc.ensemble import (
 from bnnmcmc.errors import InputError
 from bnnmcmc.placement import Placement, gather, replicate, spread
 from bnnmcmc.posterior import Posterior, chain_starts, check_finite, position_shapes
-from bnnmcmc.predictive import Draws
+from bnnmcmc.predictive import ROW_STEP, Draws, fill_rows
 from bnnmcmc.run import Run, chain_status
-from bnnmcmc.samplers.kernel import RowDensity
+from bnnmcmc.samplers.kernel import Kernel, RowDensity
 from bnnmcmc.sampling import (
     Block,
     Program,
@@ -279,12 +279,17 @@ def _train(config, dataset, weights, placement, deadline, console):
     chosen, placement = config.ensemble, placement.for_training
     posterior = posterior_of(config, dataset.encoding)
     validation = dataset.validation if len(dataset.validation) else dataset.train
-    data = []
+    data, sizes = [], []
+    # Batches are of rows that are there; what counts whole may be filled up.
+    fill = not chosen.batch_size
     for part in (dataset.train, validation):
-        data += posterior.arrays(dataset.x[part], dataset.y[part])
-        if weights is not None:
-            data.append(np.asarray(mean_one(weights[part], len(part)), data[0].dtype))
-    rows, held_out = len(dataset.train), len(dataset.validation)
+        each = mean_one(None if weights is None else weights[part], len(part))
+        arrays = _filled(posterior, dataset.x[part], dataset.y[part], each, fill)
+        # Means over rows shall be means over those that are there.
+        arrays[2] = arrays[2] * (len(arrays[2]) / len(part))
+        data += arrays if fill or weights is not None else arrays[:2]
+        sizes.append(len(arrays[0]))
+    rows, held_out = sizes[0], sizes[1] if len(dataset.validation) else 0
     training = _training(config, dataset.encoding, placement, rows, held_out)
     members, history = start_members(training, config.run.seed), []
     stop_at = _share(deadline, TRAINING_SHARE)
@@ -387,13 +392,27 @@ def _share(deadline: float | None, part: float) -> float | None:
 
 
 def _sampling_data(config, dataset, weights, posterior, placement) -> tuple:
-    data = posterior.arrays(*build.sampling_rows(config, dataset))
-    if weights is not None:
-        rows = dataset.train
-        if config.sampler.rows == "train+validation":
-            rows = np.concatenate([dataset.train, dataset.validation])
-        data = (*data, np.asarray(weights[rows], data[0].dtype))
-    return replicate(data, placement)
+    rows = dataset.train
+    if config.sampler.rows == "train+validation":
+        rows = np.concatenate([dataset.train, dataset.validation])  # as in `sampling_rows`
+    each = np.ones(len(rows)) if weights is None else weights[rows]
+    x, y = build.sampling_rows(config, dataset)
+    # Batches of rows would lose what is filled up.
+    whole = isinstance(build.make_kernel(config), Kernel)
+    data = _filled(posterior, x, y, each, whole)
+    return replicate(tuple(data if whole or weights is not None else data[:2]), placement)
+
+
+def _filled(posterior, x, y, weights, fill: bool) -> list:
+    """Return x, y and weights as the model computes with them, filled up with rows of weight 0.
+
+    So the parts of a cross-validation, whose lengths differ by a row, share their programs.
+    """
+    rows = -(-len(x) // ROW_STEP) * ROW_STEP if fill else len(x)
+    x, y = posterior.arrays(fill_rows(x, rows), fill_rows(y, rows))
+    filled = np.zeros(rows, x.dtype)
+    filled[: len(weights)] = weights
+    return [x, y, filled]
 
 
 # ---------------------------------------------------------------------------- compiled programs
@@ -409,7 +428,8 @@ class _Described:
 
 
 def _described(config: Config, encoding: Encoding, *sections: str) -> _Described:
-    sizes = [len(encoding.feature_names), len(encoding.targets), len(encoding.classes or ())]
+    levels = [target.level for target in encoding.targets]
+    sizes = [len(encoding.feature_names), levels, len(encoding.classes or ())]
     parts = [getattr(config, section).model_dump(mode="json") for section in sections]
     return _Described(json.dumps([jax.config.jax_enable_x64, sizes, parts]), config, encoding)
 

@@ -5,6 +5,7 @@ memory is set by the size of a part, not by how many rows and draws there are.
 """
 
 import functools
+import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -44,7 +45,7 @@ class Part(NamedTuple):
     outputs: Any
 
     @property
-    def count(self) -> int:
+    def length(self) -> int:
         """How many rows these are; what comes after them fills the part up."""
         return self.rows.stop - self.rows.start
 
@@ -136,7 +137,7 @@ class Mixture:
         for part in self.parts():
             values = self._filled(y, part)
             result = _cdf(self.likelihood, part.params, part.outputs, weights, values)
-            found.append(np.asarray(result, np.float64)[: part.count])
+            found.append(np.asarray(result, np.float64)[: part.length])
         return np.concatenate(found)
 
     def log_density(self, y: np.ndarray) -> np.ndarray:
@@ -145,7 +146,7 @@ class Mixture:
         for part in self.parts():
             values = self._filled(y, part)
             result = _log_density(self.likelihood, part.params, part.outputs, weights, values)
-            found.append(np.asarray(result, np.float64)[: part.count])
+            found.append(np.asarray(result, np.float64)[: part.length])
         return np.concatenate(found)
 
     def quantiles(self, levels: np.ndarray) -> np.ndarray:
@@ -166,7 +167,7 @@ class Mixture:
             find = QUANTILES[self.likelihood.support]
             with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
                 result = [find(function, level, mean, np.sqrt(variance)) for level in levels]
-            found.append(np.stack(result)[:, : part.count])
+            found.append(np.stack(result)[:, : part.length])
         return np.concatenate(found, axis=1)
 
     def sample(self, count: int, seed: int) -> np.ndarray:
@@ -186,13 +187,12 @@ class Mixture:
                 numbers = np.arange(low, min(low + few, count))
                 drawn = _sample(
                     self.likelihood,
-                    jax.tree.map(lambda leaf: np.asarray(leaf)[chosen[numbers]], part.params),
-                    part.outputs[chosen[numbers]],
+                    *jax.tree.map(operator.itemgetter(chosen[numbers]), part[1:]),
                     numbers.astype(np.int32),
                     rows.astype(np.int32),
                     key,
                 )
-                samples.append(np.asarray(drawn)[:, : part.count])
+                samples.append(np.asarray(drawn)[:, : part.length])
             found.append(np.concatenate(samples))
         return np.concatenate(found, axis=1)
 
@@ -259,7 +259,8 @@ def _unit_quantile(function, level: float, mean: np.ndarray, sd: np.ndarray) -> 
     # A mean that is no number makes the ends no numbers.
     low = np.where(np.isnan(mean), np.nan, 0.0)
     ends = (low, low + 1, low - level, low + 1 - level)
-    return find_root(lambda y: function(y) - level, *ends, 1e-6 * sd)
+    # Much of the mass may lie at an end.
+    return find_root(lambda y: function(y) - level, *ends, 1e-9 * sd)
 
 
 def _count_quantile(function, level: float, mean: np.ndarray, sd: np.ndarray) -> np.ndarray:

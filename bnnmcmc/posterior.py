@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from bnnmcmc import trees
 from bnnmcmc.errors import InputError
-from bnnmcmc.likelihoods import Likelihood
+from bnnmcmc.likelihoods import Likelihood, check_support
 from bnnmcmc.models.network import Network
 from bnnmcmc.priors import Prior
 
@@ -69,6 +69,8 @@ class Posterior:
         """
         dtype = jnp.result_type(float)
         x = jnp.asarray(x, dtype)
+        if not isinstance(y, jax.core.Tracer):
+            check_support(self.likelihood, y)
         y = jnp.asarray(y, dtype if self.likelihood.task == "regression" else jnp.int32)
         check_outputs(self, x, y)
         return x, y

@@ -58,7 +58,7 @@ class Prediction:
 
     References
     ----------
-    Depeweg et al. (2018), 1710.07283, section 3 (the two parts of the variance, and of the entropy).
+    Depeweg et al. (2018), 1710.07283, section 3 (the parts of variance and entropy).
     """
 
     targets: tuple[str, ...]

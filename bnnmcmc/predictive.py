@@ -22,6 +22,8 @@ from bnnmcmc.placement import Placement, gather, over_chains, place, replicate, 
 BATCH = 512
 MAX_SAMPLES = 10_000
 MIN_SAMPLES = 2_000
+# Rows are filled up to a multiple of this.
+ROW_STEP = 32
 CHUNK_BYTES = 256 * 2**20
 
 
@@ -202,10 +204,14 @@ def pool(posterior, draws: Draws, x, y=None, *, seed: int = 0, first_row: int = 
     for low in range(0, len(x), chunk):
         here = slice(low, low + chunk)
         rows = first_row + np.arange(len(x))[here]
+        # A few more rows, so that tables of nearly equal length share a compilation.
+        filled = _filled(len(rows), chunk)
+        some = [rows, x[here], *([] if y is None else [y[here]])]
         shared = _shared(
-            posterior, evaluator.placement, rows, x[here], None if y is None else y[here]
+            posterior, evaluator.placement, *(fill_rows(part, filled) for part in some)
         )
-        parts.append(_pool_rows(draws, evaluator, every, key, shared))
+        found = _pool_rows(draws, evaluator, every, key, shared)
+        parts.append(_first_rows(found, len(rows)))
     components = Components(posterior, draws, np.asarray(x), seed, first_row)
     return replace(_join(parts), components=components)
 
@@ -280,7 +286,30 @@ def _evaluator(posterior, of: trees.Layout, per_draw: int, scored: bool, batch: 
     return _Evaluator(placement, evaluate)
 
 
-def _shared(posterior, placement: Placement, rows: np.ndarray, x, y) -> tuple:
+def _filled(rows: int, most: int) -> int:
+    """Return how many rows go into a call that has so many to evaluate."""
+    return min(most, -(-rows // ROW_STEP) * ROW_STEP)
+
+
+def fill_rows(values: Any, rows: int) -> Any:
+    """Return an array with its last row repeated until there are so many rows."""
+    values = np.asarray(values)
+    return np.concatenate([values, np.repeat(values[-1:], rows - len(values), axis=0)])
+
+
+def _first_rows(pooled: Pooled, rows: int) -> Pooled:
+    """Cut off the rows that filled up a call."""
+
+    def cut(name: str) -> Any:
+        value = getattr(pooled, name)
+        return None if value is None else value[:rows]
+
+    samples = None if pooled.samples is None else pooled.samples[:, :rows]
+    names = ("log_density", "mean", "variance", "epistemic", "probabilities", "expected_entropy")
+    return replace(pooled, **{name: cut(name) for name in names}, samples=samples)
+
+
+def _shared(posterior, placement: Placement, rows: np.ndarray, x, y=None) -> tuple:
     """Put some rows, and their numbers, on the devices (a zero where there are no targets)."""
     dtype = jnp.result_type(float)
     target = jnp.int32 if posterior.likelihood.task == "classification" else dtype

@@ -8,10 +8,10 @@ import bnnmcmc
 TINY = {
     "hidden": (4,),
     "chains": 1,
-    "sampler": {"kernel": "hmc", "num_leapfrog": 5},
-    "warmup": 50,
+    "sampler": {"kernel": "tests.still:jitter"},
+    "warmup": 2,
     "draws": 20,
-    "ensemble": {"max_epochs": 300, "patience": 30},
+    "ensemble": {"max_epochs": 500, "patience": 50, "batch_size": 0, "learning_rate": 0.02},
 }
 
 
