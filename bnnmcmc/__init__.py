@@ -47,6 +47,8 @@ if TYPE_CHECKING:
     from bnnmcmc.placement import use_precision as use_precision
     from bnnmcmc.posterior import Posterior as Posterior
     from bnnmcmc.prediction import Prediction as Prediction
+    from bnnmcmc.predictor import Predictor as Predictor
+    from bnnmcmc.predictor import load as load
     from bnnmcmc.priors import Hierarchy as Hierarchy
     from bnnmcmc.priors import Horseshoe as Horseshoe
     from bnnmcmc.priors import LeafPrior as LeafPrior
@@ -86,6 +88,7 @@ _HOMES = {
     "Network": "models.network.Network",
     "Posterior": "posterior.Posterior",
     "Prediction": "prediction.Prediction",
+    "Predictor": "predictor.Predictor",
     "Prior": "priors.Prior",
     "RowDensity": "samplers.kernel.RowDensity",
     "Run": "run.Run",
@@ -104,6 +107,7 @@ _HOMES = {
     "hmc": "samplers.hmc.hmc",
     "independent_prior": "priors.independent",
     "laplace": "likelihoods.laplace",
+    "load": "predictor.load",
     "make_optimiser": "ensemble.make_optimiser",
     "mams": "samplers.mams.mams",
     "mclmc": "samplers.mclmc.mclmc",

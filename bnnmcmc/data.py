@@ -8,6 +8,7 @@ deviation of the training part. No JAX here, and pandas and scikit-learn load on
 import csv
 import difflib
 import hashlib
+import itertools
 import json
 import math
 import operator
@@ -15,10 +16,10 @@ import os
 import re
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Literal
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal, TextIO
 
 import numpy as np
 
@@ -435,10 +436,7 @@ def _read_text(path: Path, header: bool | None) -> Table:
         try:
             rows.append(_fields(line, delimiter))
         except csv.Error as error:
-            raise InputError(
-                f"{path}, line {number}: the quotes do not match ({error}); a quoted cell must "
-                "end in the line in which it starts, with nothing after the quote"
-            ) from error
+            raise InputError(_unmatched_quotes(path, number, error)) from error
     _check_ragged(path, rows, lines[first:], first + 1)
     if header is None:
         header = _looks_like_header(path, rows[0], first + 1)
@@ -455,6 +453,161 @@ def _read_text(path: Path, header: bool | None) -> Table:
     return Table(frame, str(path), header, offset, _last(frame), unit="line")
 
 
+def read_pieces(path: str | Path, rows: int, header: bool | None = None) -> Iterator[Table]:
+    """Read a file as `read_table` does, some rows at a time, whatever its length.
+
+    Parameters
+    ----------
+    path : path
+    rows : int
+        Most rows of a piece.
+    header : bool, optional
+        As in `read_table`.
+
+    Yields
+    ------
+    Table
+        (rows, columns), in the order of the file. Whether a column holds numbers or text is found
+        piece by piece. An npz file is read as a whole.
+
+    Raises
+    ------
+    InputError
+        As `read_table`, when the piece is reached.
+    """
+    path = Path(path)
+    suffix = path.suffix.lower()
+    try:
+        if not path.is_file() or suffix == ".npz":
+            yield from _cut_pieces(read_table(path, header), rows)
+        elif suffix in (".parquet", ".pq"):
+            yield from _parquet_pieces(path, rows)
+        else:
+            yield from _text_pieces(path, rows, header)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error}") from error
+
+
+def count_rows(path: str | Path) -> int:
+    """Return about how many rows a file holds (lines of a text, a header included), for progress.
+
+    Parameters
+    ----------
+    path : path
+    """
+    path = Path(path)
+    if not path.is_file():
+        return 0  # `read_pieces` says so
+    if path.suffix.lower() in (".parquet", ".pq"):
+        import pyarrow as pa
+        from pyarrow import parquet
+
+        try:
+            return parquet.ParquetFile(path).metadata.num_rows
+        except (pa.ArrowException, OSError, ValueError):
+            return 0
+    with path.open("rb") as file:
+        return sum(part.count(b"\n") for part in iter(lambda: file.read(2**20), b""))
+
+
+def _cut_pieces(table: Table, rows: int) -> Iterator[Table]:
+    for low in range(0, len(table.frame), rows):
+        frame = table.frame.iloc[low : low + rows].reset_index(drop=True)
+        yield replace(table, frame=frame, row_offset=table.row_offset + low)
+
+
+def _parquet_pieces(path: Path, rows: int) -> Iterator[Table]:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    done = 0
+    try:
+        with parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=rows):
+                table = _named_table(batch.to_pandas(), str(path))
+                yield replace(table, row_offset=1 + done)
+                done += len(table.frame)
+    except (pa.ArrowException, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{path}: not a readable Parquet file: {error}") from error
+    if not done:
+        raise InputError(f"{path}: the table has no rows; expected at least one")
+
+
+def _text_pieces(path: Path, rows: int, header: bool | None) -> Iterator[Table]:
+    import pandas as pd
+
+    with path.open(encoding="utf-8-sig") as file:
+        lines = _numbered_lines(path, file)
+        head = list(itertools.islice(lines, SNIFFED_LINES))
+        if not head:
+            raise InputError(f"{path}: the file is empty; expected one row per line")
+        delimiter = _delimiter([line for _, line in head])
+        first, line = head[0]
+        top = _fields(line, delimiter)
+        if header is None:
+            header = _looks_like_header(path, top, first)
+        names = top if header else _default_names(len(top))
+        rest = itertools.chain(head[1:] if header else head, lines)
+        while piece := list(itertools.islice(rest, rows)):
+            cells = []
+            for number, line in piece:
+                try:
+                    cells.append(_fields(line, delimiter))
+                except csv.Error as error:
+                    raise InputError(_unmatched_quotes(path, number, error)) from error
+                if len(cells[-1]) != len(names):
+                    raise InputError(
+                        f"{path}, line {number}: found {len(cells[-1])} fields, expected "
+                        f"{len(names)} fields as in line {first}; correct or remove the line"
+                    )
+            frame = pd.DataFrame(dict(enumerate(_typed(c) for c in zip(*cells, strict=True))))
+            frame.columns = names
+            yield Table(frame, str(path), header, piece[0][0], _last(frame), unit="line")
+            del frame, cells
+        if header and len(head) == 1:
+            raise InputError(
+                f"{path}: a header (line {first}) but no rows; expected one row per line under it"
+            )
+
+
+def _numbered_lines(path: Path, file: TextIO) -> Iterator[tuple[int, str]]:
+    """Yield the lines with their numbers, without empty ones at both ends."""
+    empty, begun = 0, False
+    try:
+        for number, text in enumerate(file, start=1):
+            line = text.rstrip("\n")
+            if not line.strip():
+                empty = empty or number
+                continue
+            if "\0" in line:
+                raise InputError(_not_text(path))
+            if empty and begun:
+                raise InputError(
+                    f"{path}, line {empty}: found an empty line, expected fields as in the first "
+                    "one; correct or remove the line"
+                )
+            empty, begun = 0, True
+            yield number, line
+    except UnicodeDecodeError as error:
+        raise InputError(_not_text(path)) from error
+
+
+def _not_text(path: Path) -> str:
+    return (
+        f"{path}: not UTF-8 text; expected CSV or space-separated text in UTF-8, or a file "
+        "ending in .parquet or .npz"
+    )
+
+
+def _unmatched_quotes(path: Path, number: int, error: csv.Error) -> str:
+    return (
+        f"{path}, line {number}: the quotes do not match ({error}); a quoted cell must "
+        "end in the line in which it starts, with nothing after the quote"
+    )
+
+
 def _text_lines(path: Path) -> list[str]:
     try:
         # utf-8-sig: spreadsheets write a byte-order mark that would stick to the first name.
@@ -462,10 +615,7 @@ def _text_lines(path: Path) -> list[str]:
     except UnicodeDecodeError:
         text = "\0"
     if "\0" in text:
-        raise InputError(
-            f"{path}: not UTF-8 text; expected CSV or space-separated text in UTF-8, or a file "
-            "ending in .parquet or .npz"
-        )
+        raise InputError(_not_text(path))
     return text.split("\n")
 
 
@@ -1512,6 +1662,30 @@ def _cut(
 
 
 # ------------------------------------------------------------------------------------ new rows
+
+
+def as_table(encoding: Encoding, rows: Any, y: Any = None) -> Table:
+    """Return new rows as a table, an array's columns named as in training.
+
+    Parameters
+    ----------
+    encoding : Encoding
+        Of the training data.
+    rows : Table, DataFrame or array (rows, features)
+    y : array, optional
+        Targets, if they are not among the columns.
+    """
+    if isinstance(rows, Table):
+        return rows
+    # An array without names: its columns are the features, in the table's order.
+    features = [feature.name for feature in encoding.features]
+    bare = isinstance(rows, np.ndarray | list) and np.shape(rows)[1:] == (len(features),)
+    return table_from_arrays(
+        rows,
+        y,
+        feature_names=features if bare else None,
+        target_names=None if y is None else [target.name for target in encoding.targets],
+    )
 
 
 def encode_features(encoding: Encoding, table: Table) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import narwhals as nw
@@ -40,7 +41,7 @@ PARAMETERS = """
         as ``{"scale": 0.5, "hierarchical": True}``.
     likelihood : str or dict, optional
         What the network's outputs mean, or the keys of a config's [likelihood], such as
-        ``{"kind": "gaussian", "scale": "sampled"}``; {likelihood} if not given.
+        ``{"kind": "gaussian", "scale": "sampled"}``; "{likelihood}" if not given.
     chains : int
         Members of the ensemble, each of which starts a chain.
     sampler : str or dict
@@ -167,8 +168,22 @@ class _BNN(BaseEstimator):
         -------
         Prediction
         """
+        return self._predict(X, samples=True)
+
+    def _predict(self, X: Any, samples: bool = False) -> Prediction:
         check_is_fitted(self)
-        return self.run_.predict(self._table(X, reset=False))
+        return self.run_.predict(self._table(X, reset=False), samples=samples)
+
+    def save(self, file: str | Path, draws: int | None = 1000) -> None:
+        """Write a compact predictor, without code and training data; `bnnmcmc.load` reads it.
+
+        Parameters
+        ----------
+        file : path
+        draws : int, optional
+            About so many draws are kept, as many of each chain, evenly spaced; all if None.
+        """
+        self.run_.save(file, draws)
 
     def sample(self, X: Any, n: int = 1, random_state: Any = 0) -> np.ndarray:
         """Draw from the predictive distribution.
@@ -185,7 +200,7 @@ class _BNN(BaseEstimator):
         numpy array (n, rows) or (n, rows, targets)
             Of a regression, a sample has the same posterior draw in all rows.
         """
-        found = self.predict_distribution(X).sample(n, _seed(random_state))
+        found = self._predict(X).sample(n, _seed(random_state))
         return found[..., 0] if found.ndim == 3 and self._one_target else found
 
     def log_prob(self, X: Any, y: Any) -> np.ndarray:
@@ -207,7 +222,7 @@ class _BNN(BaseEstimator):
         InputError
             A label that was not there in training, or another number of rows or targets.
         """
-        prediction = self.predict_distribution(X)
+        prediction = self._predict(X)
         y = np.asarray(_as_array(y))
         return prediction.log_prob(y.reshape(-1) if self._one_target else y)
 
@@ -338,16 +353,17 @@ class _BNN(BaseEstimator):
 
 
 class BNNRegressor(RegressorMixin, _BNN):
-    __doc__ = f"""A Bayesian neural network for numeric targets.
+    """A Bayesian neural network for numeric targets.
 
     A deep ensemble is trained, each member starts an MCMC chain, and the pooled draws predict.
-{PARAMETERS.replace("{likelihood}", '"gaussian"')}
-{ROWS}
+
     Examples
     --------
     >>> model = BNNRegressor(time_budget=60).fit(X, y)  # doctest: +SKIP
     >>> model.predict_interval(X_new, level=0.9)  # doctest: +SKIP
     """
+
+    __doc__ = f"{__doc__}{PARAMETERS.replace('{likelihood}', 'gaussian')}{ROWS}"
 
     def __sklearn_tags__(self):
         tags = super().__sklearn_tags__()
@@ -409,7 +425,7 @@ class BNNRegressor(RegressorMixin, _BNN):
         """
         if return_std and quantiles is not None:
             raise InputError("predict: give return_std or quantiles, not both")
-        prediction = self.predict_distribution(X)
+        prediction = self._predict(X)
         if quantiles is not None:
             found = np.moveaxis(np.asarray(prediction.quantile(np.atleast_1d(quantiles))), 0, -1)
             found = found[..., 0] if np.ndim(quantiles) == 0 else found
@@ -433,7 +449,7 @@ class BNNRegressor(RegressorMixin, _BNN):
         numpy array (rows, 2) or (rows, targets, 2)
             Lower and upper end.
         """
-        low, high = self.predict_distribution(X).interval(level)
+        low, high = self._predict(X).interval(level)
         return np.stack([self._squeezed(low), self._squeezed(high)], axis=-1)
 
     def _squeezed(self, values: np.ndarray) -> np.ndarray:
@@ -444,17 +460,17 @@ class BNNRegressor(RegressorMixin, _BNN):
 
 
 class BNNClassifier(ClassifierMixin, _BNN):
-    __doc__ = f"""A Bayesian neural network for classes.
+    """A Bayesian neural network for classes; ``classes_`` are the labels, sorted.
 
     A deep ensemble is trained, each member starts an MCMC chain, and the pooled draws predict.
-{PARAMETERS.replace("{likelihood}", '"categorical"')}    classes_ : numpy array
-        The labels, sorted.
-{ROWS}
+
     Examples
     --------
     >>> model = BNNClassifier(time_budget=60).fit(X, y)  # doctest: +SKIP
     >>> model.predict_proba(X_new)  # doctest: +SKIP
     """
+
+    __doc__ = f"{__doc__}{PARAMETERS.replace('{likelihood}', 'categorical')}{ROWS}"
 
     def fit(self, X: Any, y: Any, sample_weight: Any = None) -> "BNNClassifier":
         """Train and sample.
@@ -497,7 +513,7 @@ class BNNClassifier(ClassifierMixin, _BNN):
         numpy array (rows, classes)
             In the order of ``classes_``.
         """
-        probabilities = self.predict_distribution(X).probabilities
+        probabilities = self._predict(X).probabilities
         assert probabilities is not None
         # Sums of float32 are 1 to seven digits only.
         return probabilities / probabilities.sum(axis=1, keepdims=True)
@@ -581,9 +597,7 @@ def _seed(random_state: Any) -> int:
     return int(check_random_state(random_state).randint(2**31))
 
 
-def _validation_rows(
-    rows: int, fraction: float, codes: np.ndarray | None, seed: int
-) -> np.ndarray:
+def _validation_rows(rows: int, fraction: float, codes: np.ndarray | None, seed: int) -> np.ndarray:
     """Choose the validation rows at random, evenly over classes; the first of each class trains.
 
     Parameters

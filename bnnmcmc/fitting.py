@@ -31,7 +31,7 @@ from bnnmcmc.errors import InputError
 from bnnmcmc.placement import Placement, gather, replicate, spread
 from bnnmcmc.posterior import Posterior, chain_starts, check_finite, position_shapes
 from bnnmcmc.predictive import ROW_STEP, Draws, fill_rows
-from bnnmcmc.run import Run, chain_status
+from bnnmcmc.run import Run, chain_status, describe
 from bnnmcmc.samplers.kernel import Kernel, RowDensity
 from bnnmcmc.sampling import (
     Block,
@@ -119,6 +119,7 @@ class Fit:
             self.ensemble.positions,
             self.ensemble.validation_loss,
             stopped=self.stopped,
+            described=describe(self.config),
         )
 
 
@@ -307,9 +308,7 @@ def _train(config, dataset, weights, placement, deadline, console):
     notes: tuple[str, ...] = ()
     if done < chosen.max_epochs and stopped < chosen.members:
         notes = (f"training was ended by the time budget after {done} epochs",)
-    ensemble = finish_ensemble(
-        gather(members[1], placement), np.concatenate(history, axis=1)
-    )
+    ensemble = finish_ensemble(gather(members[1], placement), np.concatenate(history, axis=1))
     return ensemble, notes
 
 
@@ -337,7 +336,7 @@ def _warm_up(config, dataset, steps, starts, data, placement, deadline, console,
                 if measured_seconds >= CALIBRATION_SECONDS:
                     may_plan, left = False, deadline - time.monotonic()
                     each = measured_seconds / measured_steps
-                    plan = fewer_steps(*steps, each, done, left, lambda: 2 * cold)
+                    plan = fewer_steps(*steps, each, done, left, lambda cold=cold: 2 * cold)
                     if plan is not None:
                         update(done, "planned anew for the time budget", finished=True)
                         break
@@ -368,16 +367,12 @@ def _draw(program, seed, carry, data, first, steps, watch, deadline, console):
     stopped = {} if watch is None else health.stopped_chains(watch.stopped)
     total, thin = steps.draws, steps.thin
     with progress.stage(console, "Sampling", total * thin, "steps", first * thin) as update:
-        for block in run_blocks(
-            program, "sampling", carry, seed, data, first=first, watch=watch
-        ):
+        for block in run_blocks(program, "sampling", carry, seed, data, first=first, watch=watch):
             carry = block.carry
             blocks.append(block._replace(carry=None))
             stopped = health.stopped_chains(block.stopped)
             if len(stopped) == program.placement.chains:
-                raise InputError(
-                    health.say_all_stopped(join_stats(blocks), stopped, thin)
-                )
+                raise InputError(health.say_all_stopped(join_stats(blocks), stopped, thin))
             note = f"log-density {np.nanmedian(block.stats['log_density'][:, -1]):.4g}"
             update((block.start + block.count) * thin, note)
             if deadline is not None and time.monotonic() >= deadline:

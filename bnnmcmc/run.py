@@ -18,12 +18,11 @@ from bnnmcmc.config import Config, read_config
 from bnnmcmc.data import (
     Dataset,
     Encoding,
-    Table,
+    as_table,
     encode_features,
     encode_targets,
     fingerprint,
     load_dataset,
-    table_from_arrays,
     target_to_units,
 )
 from bnnmcmc.errors import InputError
@@ -86,6 +85,8 @@ class Run:
     stopped : mapping
         Chain -> after how many draws it was stopped, because it failed repeatedly
         (`health.look`). What comes after that is NaN (0 in statistics of whole numbers).
+    described : dict, optional
+        The config's [model] and [likelihood], by which `save` describes the network.
 
     Examples
     --------
@@ -108,6 +109,7 @@ class Run:
     target: Target = NO_TARGET
     checks: tuple[dict[str, Any], ...] = ()
     stopped: Mapping[int, int] = MappingProxyType({})
+    described: dict[str, Any] | None = None
 
     @property
     def encoding(self) -> Encoding | None:
@@ -185,6 +187,7 @@ class Run:
             target,
             tuple(checks),
             stopped,
+            describe(config),
         )
 
     def __repr__(self) -> str:
@@ -200,7 +203,7 @@ class Run:
         flat = np.concatenate(list(self.draws.blocks()), axis=1)
         return trees.unflatten(flat, self.draws.layout)
 
-    def predict(self, rows: Any) -> Prediction:
+    def predict(self, rows: Any, *, samples: bool = True) -> Prediction:
         """Predict new rows with all pooled draws.
 
         Parameters
@@ -208,6 +211,8 @@ class Run:
         rows : DataFrame, Table or array (rows, features)
             In the table's own units and labels if the run has an encoding (columns are matched
             by name where there are names); else as the network sees them.
+        samples : bool
+            Whether ``Prediction.samples`` is filled, which takes most of the time.
 
         Returns
         -------
@@ -219,8 +224,41 @@ class Run:
         InputError
             Rows that cannot be encoded: the message names column and row.
         """
-        pooled = pool(self.posterior, self.pooled_draws, self._encode(rows)[0], seed=self.seed)
+        x = self._encode(rows)[0]
+        pooled = pool(self.posterior, self.pooled_draws, x, seed=self.seed, samples=samples)
         return in_target_units(pooled, self.encoding)
+
+    def save(
+        self,
+        file: str | Path,
+        draws: int | None = 1000,
+        *,
+        model: Mapping[str, Any] | None = None,
+        likelihood: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Write a compact predictor, all in one file and without code (see `bnnmcmc.predictor`).
+
+        Parameters
+        ----------
+        file : path
+            Written anew if it is there.
+        draws : int, optional
+            About so many draws are kept, as many of each pooled chain, evenly spaced; all if None.
+        model, likelihood : dict, optional
+            How to build network and likelihood again, as in a config's [model] and [likelihood]:
+            ``{"hidden": [16, 16], "activation": "silu"}`` and ``{"kind": "gaussian"}``. Needed for
+            runs that were made of functions in Python.
+
+        Raises
+        ------
+        InputError
+            The network or the likelihood is not described, or the description gives another one.
+        """
+        from bnnmcmc.predictor import save
+
+        given = {"model": model, "likelihood": likelihood}
+        given = {name: dict(part) for name, part in given.items() if part is not None}
+        save(file, self, {**(self.described or {}), **given}, draws)
 
     def score(
         self,
@@ -414,18 +452,7 @@ class Run:
             if target is not None and self.posterior.likelihood.task == "regression":
                 target = target.reshape(len(x), -1)
             return x, target
-        table = rows
-        if not isinstance(rows, Table):
-            names = [target.name for target in encoding.targets]
-            # An array without names: its columns are the features, in the table's order.
-            features = [feature.name for feature in encoding.features]
-            bare = isinstance(rows, np.ndarray | list) and np.shape(rows)[1:] == (len(features),)
-            table = table_from_arrays(
-                rows,
-                y,
-                feature_names=features if bare else None,
-                target_names=None if y is None else names,
-            )
+        table = as_table(encoding, rows, y)
         return encode_features(encoding, table), encode_targets(encoding, table)
 
 
@@ -621,6 +648,14 @@ def scores(pooled: Pooled, y: np.ndarray, encoding: Encoding | None) -> dict[str
 def position_layout(posterior: Posterior) -> trees.Layout:
     """Return the layout of one position, without computing one."""
     return trees.layout(position_shapes(posterior))
+
+
+def describe(config: Config) -> dict[str, Any]:
+    """Return what a config says of network and likelihood, as JSON types."""
+    return {
+        "model": config.model.model_dump(mode="json"),
+        "likelihood": config.likelihood.model_dump(mode="json"),
+    }
 
 
 def check_precision(config: Config) -> None:

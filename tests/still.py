@@ -1,4 +1,4 @@
-"""A kernel that costs nothing to compile: small steps, all taken. For tests of what is around it."""
+"""A kernel that costs nothing to compile, for tests of what is around it."""
 
 from typing import NamedTuple
 

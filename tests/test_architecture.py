@@ -50,6 +50,9 @@ ONLY_IN = {
     "blackjax": {"samplers"},
     "arviz": {"diagnostics", "report"},
     "bnnmcmc.config": {
+        "estimators",
+        "fitting",
+        "predictor",
         "inputs",
         "build",
         "memory",
@@ -61,6 +64,8 @@ ONLY_IN = {
     },
     "bnnmcmc.pipeline": {"cli"},
     "bnnmcmc.cli": {"__main__"},
+    "bnnmcmc.estimators": set(),
+    "narwhals": {"estimators"},
 }
 
 # Importing these must not import JAX, directly or through another module.
