@@ -91,6 +91,10 @@ ROWS = """
 class _BNN(BaseEstimator):
     """What regressor and classifier share."""
 
+    fit_: Fit
+    classes_: np.ndarray
+    _one_target: bool
+
     def __init__(
         self,
         hidden: Sequence[int] = (16, 16, 16),
@@ -271,9 +275,7 @@ class _BNN(BaseEstimator):
             encoding = replace(dataset.encoding, classes=tuple(classes.tolist()))
             dataset = replace(dataset, encoding=encoding)
         use_cores_if_new()
-        self.fit_: Fit = fit(
-            config, dataset, weights, budget=self.time_budget, console=self._console()
-        )
+        self.fit_ = fit(config, dataset, weights, budget=self.time_budget, console=self._console())
         return self
 
     def _table(self, X: Any, reset: bool) -> Table:
@@ -287,7 +289,8 @@ class _BNN(BaseEstimator):
                 ensure_all_finite="allow-nan",
                 ensure_min_samples=2 if reset else 1,
             )
-            return table_from_arrays(array)
+            named = getattr(self, "feature_names_in_", None)
+            return table_from_arrays(array, feature_names=None if named is None else list(named))
         frame = nw.from_native(X, eager_only=True).to_pandas().reset_index(drop=True)
         if not reset and hasattr(self, "feature_names_in_"):
             wanted = list(self.feature_names_in_)
@@ -395,7 +398,7 @@ class BNNRegressor(RegressorMixin, _BNN):
         values = check_array(
             targets.to_numpy(), dtype=np.float64, input_name="y", estimator=self, copy=True
         )
-        self._one_target = getattr(y, "ndim", np.ndim(y)) == 1
+        self._one_target = np.asarray(_as_array(y)).ndim == 1
         frame = pd.DataFrame(values, columns=targets.columns)
         return self._fit(table, frame, None, sample_weight)
 
@@ -496,7 +499,7 @@ class BNNClassifier(ClassifierMixin, _BNN):
         table = self._table(X, reset=True)
         name = _targets(self, y).columns[0]
         self._one_target = True
-        labels = column_or_1d(_as_array(y), warn=True)
+        labels = column_or_1d(np.asarray(_as_array(y)), warn=True)
         check_classification_targets(labels)
         classes, codes = np.unique(labels, return_inverse=True)
         return self._fit(table, pd.DataFrame({name: codes}), classes, sample_weight)

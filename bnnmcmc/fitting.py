@@ -336,7 +336,15 @@ def _warm_up(config, dataset, steps, starts, data, placement, deadline, console,
                 if measured_seconds >= CALIBRATION_SECONDS:
                     may_plan, left = False, deadline - time.monotonic()
                     each = measured_seconds / measured_steps
-                    plan = fewer_steps(*steps, each, done, left, lambda cold=cold: 2 * cold)
+                    plan = fewer_steps(
+                        steps.warmup,
+                        steps.draws,
+                        steps.thin,
+                        each,
+                        done,
+                        left,
+                        lambda cold=cold: 2 * cold,
+                    )
                     if plan is not None:
                         update(done, "planned anew for the time budget", finished=True)
                         break
@@ -370,6 +378,7 @@ def _draw(program, seed, carry, data, first, steps, watch, deadline, console):
         for block in run_blocks(program, "sampling", carry, seed, data, first=first, watch=watch):
             carry = block.carry
             blocks.append(block._replace(carry=None))
+            assert block.stopped is not None
             stopped = health.stopped_chains(block.stopped)
             if len(stopped) == program.placement.chains:
                 raise InputError(health.say_all_stopped(join_stats(blocks), stopped, thin))

@@ -244,7 +244,8 @@ def _same_outputs(run: "Run", posterior: Posterior, flat: np.ndarray, of: trees.
         for p, out in zip((run.posterior, posterior), outputs, strict=True)
     ]
     same_kind = type(dists[0]) is type(dists[1])
-    return same_kind and bool(np.allclose(*outputs, rtol=1e-5, atol=1e-6, equal_nan=True))
+    first, second = (np.asarray(out) for out in outputs)
+    return same_kind and np.allclose(first, second, rtol=1e-5, atol=1e-6, equal_nan=True)
 
 
 def _bare(run: "Run") -> Encoding:
