@@ -2,8 +2,8 @@
 
 A saved predictor of 100 draws (ten chains) of an 8-16-16-2 SiLU network, with random weights (what
 is computed does not depend on them), predicts mean, standard deviations and a 90 % interval of each
-row of a made table. Compiled programs are cached by a first call with a few rows. The peak is the child's
-``ru_maxrss``; memory is bounded if it is the same for ten times the rows.
+row of a made table. Compiled programs are cached by a first call with fewer rows. The peak is the
+child's ``ru_maxrss``; memory is bounded if it is the same for ten times the rows.
 """
 
 import time
