@@ -41,7 +41,7 @@ def predicted(likelihood, weights=None, **units):
     outputs = np.einsum("rf,cdfo->dcro", X, weight) + np.moveaxis(bias, 0, 1)[:, :, None]
     pooled = pool(posterior, draws, X, seed=3)
     found = in_target_units(
-        pooled, encoding(likelihood.num_outputs // 2, **units) if units else None
+        pooled, encoding(max(1, likelihood.num_outputs // 2), **units) if units else None
     )
     return found, outputs.reshape(-1, ROWS, likelihood.num_outputs)
 
