@@ -208,7 +208,16 @@ def chain_log_densities(posterior, draws: Draws, x, y) -> np.ndarray:
     return np.concatenate(found, axis=1)
 
 
-def pool(posterior, draws: Draws, x, y=None, *, seed: int = 0, first_row: int = 0) -> Pooled:
+def pool(
+    posterior,
+    draws: Draws,
+    x,
+    y=None,
+    *,
+    seed: int = 0,
+    first_row: int = 0,
+    samples: bool = True,
+) -> Pooled:
     """Pool the predictive distributions of all draws.
 
     Parameters
@@ -223,6 +232,8 @@ def pool(posterior, draws: Draws, x, y=None, *, seed: int = 0, first_row: int = 
     first_row : int
         The number of the first row, if ``x`` is a part of a longer table: predictive samples are
         then those of the whole table.
+    samples : bool
+        Draw predictive samples. They take up to 40 kB per row and target.
 
     Returns
     -------
@@ -241,7 +252,7 @@ def pool(posterior, draws: Draws, x, y=None, *, seed: int = 0, first_row: int = 
     total = draws.chains * draws.draws
     # Every so many draws of each chain: a stride over all draws could miss whole chains.
     every = -(-draws.draws // max(1, MAX_SAMPLES // draws.chains))
-    per_draw = -(-MIN_SAMPLES // total)
+    per_draw = -(-MIN_SAMPLES // total) if samples else 0
     kept = draws.chains * -(-draws.draws // every) * per_draw
     width = posterior.likelihood.num_outputs
     chunk = max(1, CHUNK_BYTES // (8 * max(kept, BATCH) * width))
@@ -311,7 +322,8 @@ def _evaluator(posterior, of: trees.Layout, per_draw: int, scored: bool, batch: 
         else:
             result["mean"] = distribution.mean
             result["variance"] = distribution.variance
-            result["samples"] = jax.vmap(sample_row, out_axes=1)(rows, outputs)
+            if per_draw:
+                result["samples"] = jax.vmap(sample_row, out_axes=1)(rows, outputs)
         return result
 
     compiled = over_chains(one, placement)
@@ -361,6 +373,8 @@ def _pool_rows(draws: Draws, evaluator: _Evaluator, every: int, key, shared: tup
             mean = found["mean"].astype(np.float64)
             _add(sums, "variance", np.tensordot(share, found["variance"].astype(float), axes=1))
             _add_squares(sums, mean, share)
+        if "samples" not in found:
+            continue
         if samples is None:
             slots = draws.chains * -(-draws.draws // every)
             samples = np.empty((slots, *found["samples"].shape[1:]), found["samples"].dtype)
@@ -369,14 +383,14 @@ def _pool_rows(draws: Draws, evaluator: _Evaluator, every: int, key, shared: tup
     if "probabilities" in sums:
         return Pooled(log_density, None, None, None, None, sums["probabilities"], sums["entropy"])
     epistemic = sums["squares"] / sums["n"]
-    if draws.weights is not None:
+    if samples is not None and draws.weights is not None:
         samples = samples[_slots_by_weight(draws, len(samples))]
     return Pooled(
         log_density,
         sums["centre"],
         sums["variance"] + epistemic,
         epistemic,
-        samples.reshape(-1, *samples.shape[2:]),
+        None if samples is None else samples.reshape(-1, *samples.shape[2:]),
         None,
     )
 

@@ -59,6 +59,8 @@ from bnnmcmc.targets import (
 # The ArviZ tree is thinned to about this size: its log-likelihoods grow with rows x draws.
 ARVIZ_BYTES = 64 * 2**20
 MAX_FUNCTION_ROWS = 50
+# Predictions of more rows come without samples.
+MAX_SAMPLED_ROWS = 5000
 NO_TARGET = Target()
 # Stored draws are handed on in pieces of about this size, however large the stored blocks are.
 PIECE_BYTES = 8 * 2**20
@@ -266,7 +268,7 @@ class Run:
             x, target = self._encode(rows, y)
             if target is None:
                 raise InputError("calibrated: the rows have no target column; give y")
-        pooled = pool(self.posterior, own.pooled_draws, x, seed=self.seed)
+        pooled = pool(self.posterior, own.pooled_draws, x, seed=self.seed, samples=False)
         prediction, encoding = in_target_units(pooled, self.encoding), self.encoding
         observed = np.asarray(target)
         if prediction.classes is not None:
@@ -356,14 +358,17 @@ class Run:
         Returns
         -------
         Prediction
-            In target units.
+            In target units; without ``samples`` of more than 5000 rows, which would take up to
+            40 kB each: draw them with ``sample(n)``.
 
         Raises
         ------
         InputError
             Rows that cannot be encoded: the message names column and row.
         """
-        pooled = pool(self.posterior, self.pooled_draws, self._encode(rows)[0], seed=self.seed)
+        x, draws = self._encode(rows)[0], self.pooled_draws
+        few = len(x) <= MAX_SAMPLED_ROWS
+        pooled = pool(self.posterior, draws, x, seed=self.seed, samples=few)
         prediction = in_target_units(pooled, self.encoding)
         return prediction if self.correction is None else self.correction.correct(prediction)
 

@@ -160,6 +160,17 @@ def test_parts_of_rows_change_nothing(monkeypatch):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
 
 
+def test_without_samples_all_else_is_the_same():
+    found, _ = predicted(likelihoods.gaussian())
+    components = found.mixture.components
+    bare = in_target_units(
+        pool(components.posterior, components.draws, X, seed=3, samples=False), None
+    )
+    assert bare.samples is None
+    np.testing.assert_allclose(bare.mean, found.mean, rtol=1e-6)
+    np.testing.assert_allclose(bare.quantile(0.4), found.quantile(0.4), rtol=1e-5)
+
+
 def test_weights_of_chains():
     weights = np.array([0.7, 0.0, 0.3])
     found, outputs = predicted(likelihoods.gaussian(), weights=weights)
