@@ -653,6 +653,22 @@ class StopConfig(Section):
         return value
 
 
+class PoolConfig(Section):
+    """[pool]: how draws are pooled."""
+
+    weights: Literal["equal", "stacking", "pseudo_bma"] = Field(
+        default="equal",
+        description="of the chains: all the same, or by their log score on the validation rows, "
+        'which needs sampler.rows = "train"',
+    )
+    draws: int = Field(
+        default=0,
+        ge=0,
+        description="predict with about so many draws of all chains together, evenly spaced; 0 "
+        "for all",
+    )
+
+
 class RunConfig(Section):
     """[run]: everything about the run that is not the model."""
 
@@ -707,6 +723,7 @@ class Config(Section):
         Discriminator(_kernel_kind),
     ] = MCLMCConfig()
     stop: StopConfig = StopConfig()
+    pool: PoolConfig = PoolConfig()
     run: RunConfig = RunConfig()
 
     @field_validator("stop")
@@ -717,6 +734,18 @@ class Config(Section):
             raise ValueError(
                 'lppd needs sampler.rows = "train", found "train+validation": the LPPD of rows '
                 "that the posterior conditions on is no held-out score; set that, or stop by ess"
+            )
+        return value
+
+    @field_validator("pool")
+    @classmethod
+    def _weights_held_out(cls, value, info):
+        sampler = info.data.get("sampler")
+        if value.weights != "equal" and sampler is not None and sampler.rows != "train":
+            raise ValueError(
+                f'weights = "{value.weights}" needs sampler.rows = "train", found '
+                '"train+validation": weights are fitted on the validation rows, which the chains '
+                "must not have seen; set that, or take equal weights"
             )
         return value
 

@@ -58,6 +58,9 @@ PARAMETERS = """
     categorical : sequence, optional
         Columns to treat as categories whatever they hold: names, or numbers from 0 for an array.
         Text, truth values and pandas' categories are treated so anyway.
+    weights : {"equal", "stacking", "pseudo_bma"}
+        What chains count in the pool: all the same, or by their log score on the validation rows,
+        which the posterior then does not condition on.
     time_budget : float, optional
         Seconds for `fit`; fewer steps and draws are made if needed.
     random_state : int, RandomState or None
@@ -109,6 +112,7 @@ class _BNN(BaseEstimator):
         ensemble: Mapping[str, Any] | None = None,
         validation_fraction: float = 0.1,
         categorical: Sequence[str | int] | None = None,
+        weights: str = "equal",
         time_budget: float | None = None,
         random_state: Any = 0,
         verbose: bool = False,
@@ -125,6 +129,7 @@ class _BNN(BaseEstimator):
         self.ensemble = ensemble
         self.validation_fraction = validation_fraction
         self.categorical = categorical
+        self.weights = weights
         self.time_budget = time_budget
         self.random_state = random_state
         self.verbose = verbose
@@ -327,6 +332,8 @@ class _BNN(BaseEstimator):
         for name in ("warmup", "draws", "thin"):
             if getattr(self, name) is not None:
                 sampler[name] = getattr(self, name)
+        if self.weights != "equal":
+            sampler.setdefault("rows", "train")
         likelihood = self.likelihood if self.likelihood is not None else self._default_likelihood()
         tables: dict[str, Any] = {
             "data": {"source": "memory"},
@@ -335,6 +342,7 @@ class _BNN(BaseEstimator):
             "prior": _section("family", self.prior),
             "ensemble": {"batch_size": min(32, rows), **(self.ensemble or {})},
             "sampler": sampler,
+            "pool": {"weights": self.weights},
             "run": {"seed": seed},
         }
         if "members" in tables["ensemble"]:

@@ -8,7 +8,7 @@ the same model and shapes.
 import json
 import time
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
 import jax
@@ -101,7 +101,11 @@ class Fit:
     stopped: dict[int, int]
     notes: tuple[str, ...] = ()
 
-    @property
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out the run, which holds functions, and is made again when it is asked for."""
+        return {name: value for name, value in self.__dict__.items() if name != "run"}
+
+    @cached_property
     def run(self) -> Run:
         """The draws with the model they belong to, for predictions, diagnostics and ArviZ."""
         posterior = posterior_of(self.config, self.dataset.encoding)
@@ -119,6 +123,8 @@ class Fit:
             self.ensemble.positions,
             self.ensemble.validation_loss,
             stopped=self.stopped,
+            pooling=self.config.pool.weights,
+            pool_size=self.config.pool.draws,
             described=describe(self.config),
         )
 

@@ -20,9 +20,9 @@ from bnnmcmc.placement import QUICK
 from bnnmcmc.predictive import Components, network_outputs
 
 # A part of the rows has about so many bytes of network outputs, of all draws together.
-PART_BYTES = 16 * 2**20
+PART_BYTES = 64 * 2**20
 # Outputs of all draws for all rows are kept between calls if they are no larger.
-HELD_BYTES = 128 * 2**20
+HELD_BYTES = 256 * 2**20
 # Most steps to a root, and to a bracket that holds it.
 MAX_STEPS, MAX_DOUBLINGS = 100, 60
 # Counts are float32 numbers here, whole up to this.

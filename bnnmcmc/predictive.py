@@ -161,6 +161,55 @@ def thinned(draws: Draws, every: int) -> Draws:
     return draws._replace(draws=-(-draws.draws // every), blocks=blocks)
 
 
+def thinned_to(draws: Draws, count: int) -> Draws:
+    """Keep about so many draws of all chains together: evenly spaced, as many of each chain.
+
+    Every m-th draw of each chain from its first, with the smallest m that leaves no more than
+    ``count``; but one of each chain at least.
+    """
+    if count < 1:
+        raise InputError(f"draws: found {count}, expected at least 1")
+    return thinned(draws, -(-draws.draws // max(1, count // draws.chains)))
+
+
+def chain_log_densities(posterior, draws: Draws, x, y) -> np.ndarray:
+    r"""Return each chain's own log predictive density, pooled over its draws.
+
+    .. math:: \log \frac1S \sum_s p(y_i \mid x_i, \theta_{ks})
+
+    Parameters
+    ----------
+    posterior : Posterior
+    draws : Draws
+    x : array (rows, features)
+    y : array (rows, targets) or (rows,)
+
+    Returns
+    -------
+    numpy array (chain, rows), float64
+
+    Raises
+    ------
+    InputError
+        As `pool`.
+    """
+    _check_rows(posterior, x, y)
+    width, found = posterior.likelihood.num_outputs, []
+    chunk = max(1, CHUNK_BYTES // (8 * BATCH * width))
+    evaluator = _density_evaluator(posterior, draws.layout, _batch_size(draws))
+    for low in range(0, len(x), chunk):
+        here = slice(low, low + chunk)
+        _, *shared = _shared(
+            posterior, evaluator.placement, np.arange(len(x[here])), x[here], y[here]
+        )
+        total = np.full((draws.chains, len(x[here])), -np.inf)
+        for numbers, flat in _batches(draws):
+            each = evaluator.evaluate(numbers, flat, *shared)["log_density"].astype(np.float64)
+            np.logaddexp.at(total, numbers % draws.chains, each)
+        found.append(total - np.log(draws.draws))
+    return np.concatenate(found, axis=1)
+
+
 def pool(
     posterior,
     draws: Draws,
@@ -186,7 +235,7 @@ def pool(
         The number of the first row, if ``x`` is a part of a longer table: predictive samples are
         then those of the whole table.
     samples : bool
-        Whether to draw predictive samples, which takes most of the time.
+        Draw predictive samples. They take up to 40 kB per row and target.
 
     Returns
     -------
@@ -363,7 +412,7 @@ def _pool_rows(draws: Draws, evaluator: _Evaluator, every: int, key, shared: tup
     if "probabilities" in sums:
         return Pooled(log_density, None, None, None, None, sums["probabilities"], sums["entropy"])
     epistemic = sums["squares"] / sums["n"]
-    if draws.weights is not None and samples is not None:
+    if samples is not None and draws.weights is not None:
         samples = samples[_slots_by_weight(draws, len(samples))]
     return Pooled(
         log_density,
@@ -519,18 +568,32 @@ def network_outputs(components: Components, rows: slice) -> tuple[Any, np.ndarra
 @functools.lru_cache(maxsize=16)
 def _output_evaluator(posterior, of: trees.Layout, batch: int) -> _Evaluator:
     """Compile the network's outputs of a batch of draws on rows, spread over the devices."""
+
+    def one(position, x):
+        return {"outputs": posterior.network.apply(posterior.network_params(position), x)}
+
+    return _of_positions(one, of, batch)
+
+
+@functools.lru_cache(maxsize=16)
+def _density_evaluator(posterior, of: trees.Layout, batch: int) -> _Evaluator:
+    """Compile the log-likelihoods of rows under a batch of draws, spread over the devices."""
+
+    def one(position, x, y):
+        return {"log_density": posterior.pointwise_log_likelihood(position, x, y)}
+
+    return _of_positions(one, of, batch)
+
+
+def _of_positions(one: Callable[..., Any], of: trees.Layout, batch: int) -> _Evaluator:
+    """Compile ``one(position, *shared)`` for batches of flat positions."""
     unravel = trees.unraveler(trees.unflatten(jnp.zeros((of.size,)), of))
     placement = place(batch)
+    compiled = over_chains(lambda flat, *shared: one(unravel(flat), *shared), placement)
 
-    def one(flat, x):
-        params = posterior.network_params(unravel(flat))
-        return {"outputs": posterior.network.apply(params, x)}
-
-    compiled = over_chains(one, placement)
-
-    def evaluate(numbers, flat, x):
+    def evaluate(numbers, flat, *shared):
         padded = np.concatenate([flat, np.repeat(flat[-1:], batch - len(numbers), axis=0)])
-        found = gather(compiled(spread(padded, placement), x), placement)
+        found = gather(compiled(spread(padded, placement), *shared), placement)
         return {name: value[: len(numbers)] for name, value in found.items()}
 
     return _Evaluator(placement, evaluate)

@@ -27,7 +27,7 @@ from bnnmcmc.data import Encoding, FeatureColumn, TargetColumn, as_table, encode
 from bnnmcmc.errors import InputError
 from bnnmcmc.posterior import Posterior, position_shapes
 from bnnmcmc.prediction import Prediction, in_target_units
-from bnnmcmc.predictive import Draws, pool, thinned
+from bnnmcmc.predictive import Draws, pool, thinned_to
 from bnnmcmc.store import disk_errors
 
 if TYPE_CHECKING:
@@ -102,8 +102,7 @@ def save(file: str | Path, run: "Run", described: dict[str, Any], draws: int | N
     described : dict
         "model" and "likelihood", as in a config.
     draws : int, optional
-        About so many of all chains together, all if None: every k-th of each chain, with the
-        least k that leaves no more (but one of each chain at least).
+        About so many of all chains together (see `predictive.thinned_to`); all if None.
     """
     file = Path(file)
     missing = [name for name in ("model", "likelihood") if name not in described]
@@ -113,17 +112,18 @@ def save(file: str | Path, run: "Run", described: dict[str, Any], draws: int | N
             f"{' and '.join(missing)} again; give {' and '.join(f'{n}=...' for n in missing)}, the "
             "keys of a config's sections, such as model={'hidden': [16, 16]}"
         )
-    if draws is not None and draws < 1:
-        raise InputError(f"draws: found {draws}, expected at least 1, or None for all")
     if not file.parent.is_dir():
         raise InputError(f"{file}: there is no folder {file.parent}; make it first")
     encoding = run.encoding or _bare(run)
     posterior = _build(described, encoding, "save")
-    kept = run.pooled_draws
-    every = 1
-    if draws is not None:
-        every = -(-kept.draws // max(1, draws // kept.chains))
-    flat = np.concatenate(list(thinned(kept, every).blocks()), axis=1)
+    if run.correction is not None:
+        raise InputError(
+            "save: the corrections of a calibrated run are not kept in the file; save the run that "
+            "it was made of"
+        )
+    whole = run.pooled_draws
+    kept = whole if draws is None else thinned_to(whole, draws)
+    flat = np.concatenate(list(kept.blocks()), axis=1)
     flat = _plain_parameters(run.posterior, kept.layout, flat)
     of = trees.layout(position_shapes(posterior))
     found = trees.layout(jax.eval_shape(run.posterior.init, jax.random.key(0)))
@@ -139,7 +139,7 @@ def save(file: str | Path, run: "Run", described: dict[str, Any], draws: int | N
         "encoding": encoding.to_json(),
         "leaves": dict(zip(of.names, map(list, of.shapes), strict=True)),
         "seed": run.seed,
-        "kept": {"chains": flat.shape[0], "draws": flat.shape[1], "every": every},
+        "kept": {"chains": whole.chains, "draws": kept.draws, "of": whole.draws},
     }
     arrays = {"draws": flat}
     if kept.weights is not None:

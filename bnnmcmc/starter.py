@@ -55,6 +55,9 @@ thin = 10                      # steps per kept draw
 # [stop]
 # ess = 400                    # stop earlier: when the draws are worth so many independent ones
 
+# [pool]
+# weights = "stacking"         # chains by their validation score; needs sampler.rows = "train"
+
 [run]
 seed = 0
 """

@@ -334,6 +334,26 @@ def test_categories_by_number_and_by_name():
         clone(by_number).set_params(categorical=[2]).fit(x, x[:, 1])
 
 
+def test_chains_by_weight():
+    frame, price = houses()
+    options = {**TINY, "chains": 2, "weights": "stacking", "validation_fraction": 0.3}
+    model = bnnmcmc.BNNRegressor(**options).fit(frame, price)
+    run = model.run_
+    assert len(run.x) == len(model.fit_.dataset.train) == 42  # validation rows are held out
+    assert run.weights.sum() == pytest.approx(1)
+    each = [
+        model.run_.draws._replace(chains=1, blocks=lambda c=c: [model.fit_.flat[[c]]])
+        for c in range(2)
+    ]
+    from bnnmcmc.predictive import pool
+
+    x = run._encode(model._table(frame, reset=False))[0]
+    means = [pool(run.posterior, d, x, samples=False).mean for d in each]
+    scale, center = run.encoding.targets[0].scale, run.encoding.targets[0].center
+    expected = np.tensordot(run.weights, np.array(means), axes=1)[:, 0] * scale + center
+    np.testing.assert_allclose(model.predict(frame), expected, rtol=1e-5)
+
+
 @pytest.mark.slow
 def test_time_budget_plans_fewer_steps():
     import time

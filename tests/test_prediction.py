@@ -41,7 +41,7 @@ def predicted(likelihood, weights=None, **units):
     outputs = np.einsum("rf,cdfo->dcro", X, weight) + np.moveaxis(bias, 0, 1)[:, :, None]
     pooled = pool(posterior, draws, X, seed=3)
     found = in_target_units(
-        pooled, encoding(likelihood.num_outputs // 2, **units) if units else None
+        pooled, encoding(max(1, likelihood.num_outputs // 2), **units) if units else None
     )
     return found, outputs.reshape(-1, ROWS, likelihood.num_outputs)
 
@@ -158,6 +158,17 @@ def test_parts_of_rows_change_nothing(monkeypatch):
     after = again.quantile(LEVELS), again.sample(30), again.log_prob(found.mean)
     for one, other in zip(before, after, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
+
+
+def test_without_samples_all_else_is_the_same():
+    found, _ = predicted(likelihoods.gaussian())
+    components = found.mixture.components
+    bare = in_target_units(
+        pool(components.posterior, components.draws, X, seed=3, samples=False), None
+    )
+    assert bare.samples is None
+    np.testing.assert_allclose(bare.mean, found.mean, rtol=1e-6)
+    np.testing.assert_allclose(bare.quantile(0.4), found.quantile(0.4), rtol=1e-5)
 
 
 def test_weights_of_chains():
