@@ -26,10 +26,20 @@ if TYPE_CHECKING:
     from bnnmcmc.ensemble import fit_ensemble as fit_ensemble
     from bnnmcmc.ensemble import make_optimiser as make_optimiser
     from bnnmcmc.errors import InputError as InputError
+    from bnnmcmc.errors import UnseenWarning as UnseenWarning
+    from bnnmcmc.estimators import BNNClassifier as BNNClassifier
+    from bnnmcmc.estimators import BNNRegressor as BNNRegressor
     from bnnmcmc.likelihoods import Likelihood as Likelihood
     from bnnmcmc.likelihoods import bernoulli as bernoulli
+    from bnnmcmc.likelihoods import beta as beta
     from bnnmcmc.likelihoods import categorical as categorical
     from bnnmcmc.likelihoods import gaussian as gaussian
+    from bnnmcmc.likelihoods import gaussian_mixture as gaussian_mixture
+    from bnnmcmc.likelihoods import laplace as laplace
+    from bnnmcmc.likelihoods import negative_binomial as negative_binomial
+    from bnnmcmc.likelihoods import poisson as poisson
+    from bnnmcmc.likelihoods import student_t as student_t
+    from bnnmcmc.likelihoods import zero_inflated_poisson as zero_inflated_poisson
     from bnnmcmc.models.mlp import mlp as mlp
     from bnnmcmc.models.network import Network as Network
     from bnnmcmc.placement import place as place
@@ -37,6 +47,8 @@ if TYPE_CHECKING:
     from bnnmcmc.placement import use_precision as use_precision
     from bnnmcmc.posterior import Posterior as Posterior
     from bnnmcmc.prediction import Prediction as Prediction
+    from bnnmcmc.predictor import Predictor as Predictor
+    from bnnmcmc.predictor import load as load
     from bnnmcmc.priors import Hierarchy as Hierarchy
     from bnnmcmc.priors import Horseshoe as Horseshoe
     from bnnmcmc.priors import LeafPrior as LeafPrior
@@ -62,6 +74,8 @@ if TYPE_CHECKING:
     from bnnmcmc.targets import Target as Target
 
 _HOMES = {
+    "BNNClassifier": "estimators.BNNClassifier",
+    "BNNRegressor": "estimators.BNNRegressor",
     "Dataset": "data.Dataset",
     "Ensemble": "ensemble.Ensemble",
     "Hierarchy": "priors.Hierarchy",
@@ -74,27 +88,35 @@ _HOMES = {
     "Network": "models.network.Network",
     "Posterior": "posterior.Posterior",
     "Prediction": "prediction.Prediction",
+    "Predictor": "predictor.Predictor",
     "Prior": "priors.Prior",
     "RowDensity": "samplers.kernel.RowDensity",
     "Run": "run.Run",
     "Samples": "sampling.Samples",
     "Split": "data.Split",
     "Target": "targets.Target",
+    "UnseenWarning": "errors.UnseenWarning",
     "Warmup": "samplers.kernel.Warmup",
     "bernoulli": "likelihoods.bernoulli",
+    "beta": "likelihoods.beta",
     "categorical": "likelihoods.categorical",
     "fit_ensemble": "ensemble.fit_ensemble",
     "gaussian": "likelihoods.gaussian",
-    "hmc": "samplers.hmc.hmc",
+    "gaussian_mixture": "likelihoods.gaussian_mixture",
     "hierarchical_prior": "priors.hierarchical",
+    "hmc": "samplers.hmc.hmc",
     "independent_prior": "priors.independent",
+    "laplace": "likelihoods.laplace",
+    "load": "predictor.load",
     "make_optimiser": "ensemble.make_optimiser",
     "mams": "samplers.mams.mams",
     "mclmc": "samplers.mclmc.mclmc",
     "mlp": "models.mlp.mlp",
+    "negative_binomial": "likelihoods.negative_binomial",
     "normal_prior": "priors.normal",
     "nuts": "samplers.nuts.nuts",
     "place": "placement.place",
+    "poisson": "likelihoods.poisson",
     "prepare": "data.prepare",
     "read_table": "data.read_table",
     "sample": "run.sample",
@@ -102,10 +124,12 @@ _HOMES = {
     "sghmc": "samplers.sghmc.sghmc",
     "sgld": "samplers.sgld.sgld",
     "smile": "samplers.smile.smile",
+    "student_t": "likelihoods.student_t",
     "table_from_arrays": "data.table_from_arrays",
     "use_all_cores": "placement.use_all_cores",
     "use_compilation_cache": "compilation.use_compilation_cache",
     "use_precision": "placement.use_precision",
+    "zero_inflated_poisson": "likelihoods.zero_inflated_poisson",
 }
 
 __all__ = list(_HOMES)

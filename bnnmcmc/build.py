@@ -48,10 +48,26 @@ def make_likelihood(config: Config, encoding: Encoding) -> likelihoods.Likelihoo
     InputError
         A Bernoulli likelihood for other than two classes.
     """
-    chosen = config.likelihood
+    chosen, targets = config.likelihood, len(encoding.targets)
+    level = [target.level for target in encoding.targets]
     match chosen.kind:
         case "gaussian":
-            return likelihoods.gaussian(len(encoding.targets), chosen.scale, chosen.scale_prior)
+            return likelihoods.gaussian(targets, chosen.scale, chosen.scale_prior)
+        case "laplace":
+            return likelihoods.laplace(targets, chosen.scale, chosen.scale_prior)
+        case "student_t":
+            return likelihoods.student_t(targets, chosen.scale, chosen.scale_prior, chosen.df)
+        case "gaussian_mixture":
+            return likelihoods.gaussian_mixture(targets, chosen.components)
+        case "poisson":
+            return likelihoods.poisson(targets, level)
+        case "zero_inflated_poisson":
+            return likelihoods.zero_inflated_poisson(targets, level)
+        case "negative_binomial":
+            options = (chosen.concentration, level, chosen.scale_prior)
+            return likelihoods.negative_binomial(targets, *options)
+        case "beta":
+            return likelihoods.beta(targets, chosen.concentration, level, chosen.scale_prior)
         case "categorical":
             return likelihoods.categorical(len(encoding.classes or ()))
         case "bernoulli":

@@ -212,15 +212,16 @@ def resume(
 
 
 @app.command
-def predict(folder: Path, table: Path, *, out: Path | None = None, level: float = 0.9):
+def predict(source: Path, table: Path, *, out: Path | None = None, level: float = 0.9):
     """Predict the rows of a table, with intervals, or with class probabilities.
 
-    Columns are matched by name. If the table holds the target too, scores are printed.
+    Columns are matched by name. If the table holds the target too, scores are printed. Rows are
+    read, predicted and written in pieces, so that a table of any length fits.
 
     Parameters
     ----------
-    folder
-        The run folder.
+    source
+        The run folder, or a predictor written by Run.save or an estimator's save.
     table
         CSV, space-separated text, Parquet or npz.
     out
@@ -234,19 +235,24 @@ def predict(folder: Path, table: Path, *, out: Path | None = None, level: float 
         raise InputError(f"--out {out}: there is no folder {out.parent}; make it first")
     if not 0 < level < 1:
         raise InputError(f"--level {level}: expected between 0 and 1, such as 0.9")
-    from bnnmcmc.data import read_table
+    if not table.is_file():
+        from bnnmcmc.data import read_table
 
-    rows = read_table(table)
-    _configure_for(folder)
-    from bnnmcmc.rows import predict_table, write_rows
+        read_table(table)  # says what is wrong before anything loads
+    if source.is_file():
+        _configure_jax("float32", 0, Group())
+    else:
+        _configure_for(source)
+    from bnnmcmc.rows import predict_file
 
-    frame, scores = predict_table(folder, rows, level, _console(False))
-    write_rows(frame, out)
+    begun = time.monotonic()
+    done = predict_file(source, table, out, level, _console(False))
     said = Console(stderr=True, highlight=False, soft_wrap=True)
     if out is not None:
-        said.print(f"wrote {escape(str(out))}: {len(frame)} rows")
-    if scores is not None:
-        said.print("scores: " + ", ".join(f"{k} {v:.4g}" for k, v in scores.items()))
+        rate = done.rows / max(time.monotonic() - begun, 1e-9)
+        said.print(f"wrote {escape(str(out))}: {done.rows} rows, {rate:.4g} rows/s")
+    if done.scores is not None:
+        said.print("scores: " + ", ".join(f"{k} {v:.4g}" for k, v in done.scores.items()))
 
 
 @app.command

@@ -132,32 +132,77 @@ class ModelConfig(Section):
         return value
 
 
+# Which kinds an option of [likelihood] is for.
+LIKELIHOOD_OPTIONS = {
+    "scale": ("gaussian", "student_t", "laplace"),
+    "concentration": ("negative_binomial", "beta"),
+    "df": ("student_t",),
+    "components": ("gaussian_mixture",),
+}
+SUPPORTS: dict[str, Literal["count", "unit"]] = {
+    "poisson": "count",
+    "zero_inflated_poisson": "count",
+    "negative_binomial": "count",
+    "beta": "unit",
+}
+
+
+def _is_changed(section: type[Section], value: Any, info: ValidationInfo) -> bool:
+    """Whether the field being validated has another value than by default."""
+    return value != section.model_fields[info.field_name or ""].default
+
+
 class LikelihoodConfig(Section):
     """[likelihood]: what the network's outputs mean."""
 
-    kind: Literal["gaussian", "categorical", "bernoulli"] = "gaussian"
+    kind: Literal[
+        "gaussian",
+        "student_t",
+        "laplace",
+        "gaussian_mixture",
+        "poisson",
+        "zero_inflated_poisson",
+        "negative_binomial",
+        "beta",
+        "categorical",
+        "bernoulli",
+    ] = "gaussian"
     scale: Literal["predicted", "sampled"] | float = Field(
         default="predicted",
-        description="Gaussian noise: predicted per row, one sampled sigma, or a known number",
+        description="of Gaussian, Student-t or Laplace noise: predicted per row, one sampled "
+        "number, or a known one",
     )
-    scale_prior: float = Field(default=1.0, gt=0, description="HalfNormal scale of a sampled sigma")
+    concentration: Literal["predicted", "sampled"] | float = Field(
+        default="predicted", description="of negative_binomial and beta, as scale"
+    )
+    scale_prior: float = Field(
+        default=1.0,
+        gt=0,
+        description="HalfNormal scale of a sampled scale, or of 1 / sqrt(concentration)",
+    )
+    df: Literal["sampled"] | float = Field(
+        default=4.0, description="degrees of freedom of student_t, above 2"
+    )
+    components: int = Field(default=3, ge=2, description="of gaussian_mixture")
 
-    @field_validator("scale")
+    @field_validator("scale", "concentration", "df", "components")
     @classmethod
-    def _scale_fits(cls, value, info):
-        kind = info.data.get("kind", "gaussian")
-        if kind != "gaussian" and value != cls.model_fields["scale"].default:
+    def _option_fits(cls, value, info):
+        kind = info.data.get("kind")
+        kinds = LIKELIHOOD_OPTIONS[info.field_name]
+        if kind is not None and kind not in kinds and _is_changed(cls, value, info):
             raise ValueError(f"has no meaning for kind = {kind!r}; remove it")
-        if not isinstance(value, str) and not value > 0:
-            raise ValueError(f"found {value}, expected more than 0")
+        least = 2 if info.field_name == "df" else 0
+        if not isinstance(value, str) and not value > least:
+            raise ValueError(f"found {value}, expected more than {least}")
         return value
 
     @field_validator("scale_prior")
     @classmethod
     def _scale_is_sampled(cls, value, info):
-        unused = info.data.get("scale", "sampled") != "sampled"
-        if unused and value != cls.model_fields["scale_prior"].default:
-            raise ValueError('needs scale = "sampled"; remove it')
+        options = [info.data.get(name, "sampled") for name in ("scale", "concentration")]
+        if "sampled" not in options and _is_changed(cls, value, info):
+            raise ValueError('needs scale = "sampled" (or concentration); remove it')
         return value
 
 
@@ -619,6 +664,22 @@ class StopConfig(Section):
         return value
 
 
+class PoolConfig(Section):
+    """[pool]: how draws are pooled."""
+
+    weights: Literal["equal", "stacking", "pseudo_bma"] = Field(
+        default="equal",
+        description="of the chains: all the same, or by their log score on the validation rows, "
+        'which needs sampler.rows = "train"',
+    )
+    draws: int = Field(
+        default=0,
+        ge=0,
+        description="predict with about so many draws of all chains together, evenly spaced; 0 "
+        "for all",
+    )
+
+
 class RunConfig(Section):
     """[run]: everything about the run that is not the model."""
 
@@ -673,6 +734,7 @@ class Config(Section):
         Discriminator(_kernel_kind),
     ] = MCLMCConfig()
     stop: StopConfig = StopConfig()
+    pool: PoolConfig = PoolConfig()
     run: RunConfig = RunConfig()
 
     @field_validator("stop")
@@ -686,10 +748,28 @@ class Config(Section):
             )
         return value
 
+    @field_validator("pool")
+    @classmethod
+    def _weights_held_out(cls, value, info):
+        sampler = info.data.get("sampler")
+        if value.weights != "equal" and sampler is not None and sampler.rows != "train":
+            raise ValueError(
+                f'weights = "{value.weights}" needs sampler.rows = "train", found '
+                '"train+validation": weights are fitted on the validation rows, which the chains '
+                "must not have seen; set that, or take equal weights"
+            )
+        return value
+
     @property
     def task(self) -> Literal["regression", "classification"]:
         """Whether the target is numbers or classes."""
-        return "regression" if self.likelihood.kind == "gaussian" else "classification"
+        classes = self.likelihood.kind in ("categorical", "bernoulli")
+        return "classification" if classes else "regression"
+
+    @property
+    def support(self) -> Literal["real", "count", "unit"]:
+        """What a numeric target can be: any number, a count, or a share between 0 and 1."""
+        return SUPPORTS.get(self.likelihood.kind, "real")
 
 
 def parse(tables: dict[str, Any], name: str) -> Config:

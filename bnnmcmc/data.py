@@ -8,25 +8,29 @@ deviation of the training part. No JAX here, and pandas and scikit-learn load on
 import csv
 import difflib
 import hashlib
+import itertools
 import json
 import math
 import operator
 import os
 import re
+import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Literal
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal, TextIO
 
 import numpy as np
 
-from bnnmcmc.errors import InputError
+from bnnmcmc.errors import InputError, UnseenWarning
 
 if TYPE_CHECKING:
     import pandas
 
 Task = Literal["regression", "classification"]
+# What a numeric target can be: any number, a whole number from 0, a share between 0 and 1.
+Support = Literal["real", "count", "unit"]
 Label = str | int | float | bool
 
 MAX_CATEGORIES = 100
@@ -82,12 +86,19 @@ class FeatureColumn:
         One 0/1 column for each of them; None for a numeric column.
     center, scale : float
         A numeric value ``v`` becomes ``(v - center) / scale``.
+    fill : float or None
+        What stands for a missing number: the median of the training part. None where a missing
+        value is an error.
+    gaps : bool
+        Whether values were missing in the training table: then one more 0/1 column says where.
     """
 
     name: str
     categories: tuple[str, ...] | None
     center: float
     scale: float
+    fill: float | None = None
+    gaps: bool = False
 
 
 @dataclass(frozen=True)
@@ -99,12 +110,18 @@ class TargetColumn:
     name : str
         Its name in the table.
     center, scale : float
-        A value ``v`` becomes ``(v - center) / scale``; 0 and 1 for classes.
+        A value ``v`` becomes ``(v - center) / scale``; 0 and 1 for classes, counts and shares.
+    support : {"real", "count", "unit"}
+        What the likelihood takes it for.
+    level : float
+        Of a count or a share: its mean in the training part.
     """
 
     name: str
     center: float
     scale: float
+    support: Support = "real"
+    level: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -125,6 +142,9 @@ class Encoding:
         Whether new rows are matched by column name (True) or by position (False).
     columns : tuple of str
         All columns of the training table, used or not, in its order: what positions mean.
+    tolerant : bool
+        Whether missing values and unseen categories of new rows are encoded, with a warning where
+        the training table had none in that column (see `prepare`), or are errors.
     """
 
     task: Task
@@ -133,17 +153,21 @@ class Encoding:
     classes: tuple[Label, ...] | None
     has_header: bool
     columns: tuple[str, ...] = ()
+    tolerant: bool = False
 
     @property
     def feature_names(self) -> tuple[str, ...]:
-        """Names of the encoded columns, such as ``"age"`` and ``"color=red"``."""
+        """Names of the encoded columns: ``"age"``, ``"color=red"``, ``"age is missing"``."""
         return tuple(
             name
             for feature in self.features
             for name in (
-                [feature.name]
-                if feature.categories is None
-                else [f"{feature.name}={category}" for category in feature.categories]
+                *(
+                    [feature.name]
+                    if feature.categories is None
+                    else [f"{feature.name}={category}" for category in feature.categories]
+                ),
+                *([f"{feature.name} is missing"] if feature.gaps else []),
             )
         )
 
@@ -159,7 +183,15 @@ class Encoding:
         -------
         dict
         """
-        return json.loads(json.dumps(asdict(self), allow_nan=False))
+        fields = asdict(self)
+        for target in fields["targets"]:
+            if target["support"] == "real":  # as in files from before there were others
+                del target["support"], target["level"]
+        if not self.tolerant:  # as before there was a choice: fingerprints of runs stay as they are
+            del fields["tolerant"]
+            for feature in fields["features"]:
+                del feature["fill"], feature["gaps"]
+        return json.loads(json.dumps(fields, allow_nan=False))
 
     @staticmethod
     def from_json(fields: dict[str, Any]) -> "Encoding":
@@ -188,6 +220,8 @@ class Encoding:
                         categories=None if f["categories"] is None else tuple(f["categories"]),
                         center=f["center"],
                         scale=f["scale"],
+                        fill=f.get("fill"),
+                        gaps=f.get("gaps", False),
                     )
                     for f in fields["features"]
                 ),
@@ -195,6 +229,7 @@ class Encoding:
                 classes=None if fields["classes"] is None else tuple(fields["classes"]),
                 has_header=fields["has_header"],
                 columns=tuple(fields["columns"]),
+                tolerant=fields.get("tolerant", False),
             )
         except (KeyError, TypeError) as error:
             raise InputError(
@@ -401,10 +436,7 @@ def _read_text(path: Path, header: bool | None) -> Table:
         try:
             rows.append(_fields(line, delimiter))
         except csv.Error as error:
-            raise InputError(
-                f"{path}, line {number}: the quotes do not match ({error}); a quoted cell must "
-                "end in the line in which it starts, with nothing after the quote"
-            ) from error
+            raise InputError(_unmatched_quotes(path, number, error)) from error
     _check_ragged(path, rows, lines[first:], first + 1)
     if header is None:
         header = _looks_like_header(path, rows[0], first + 1)
@@ -421,6 +453,161 @@ def _read_text(path: Path, header: bool | None) -> Table:
     return Table(frame, str(path), header, offset, _last(frame), unit="line")
 
 
+def read_pieces(path: str | Path, rows: int, header: bool | None = None) -> Iterator[Table]:
+    """Read a file as `read_table` does, some rows at a time, whatever its length.
+
+    Parameters
+    ----------
+    path : path
+    rows : int
+        Most rows of a piece.
+    header : bool, optional
+        As in `read_table`.
+
+    Yields
+    ------
+    Table
+        (rows, columns), in the order of the file. Whether a column holds numbers or text is found
+        piece by piece. An npz file is read as a whole.
+
+    Raises
+    ------
+    InputError
+        As `read_table`, when the piece is reached.
+    """
+    path = Path(path)
+    suffix = path.suffix.lower()
+    try:
+        if not path.is_file() or suffix == ".npz":
+            yield from _cut_pieces(read_table(path, header), rows)
+        elif suffix in (".parquet", ".pq"):
+            yield from _parquet_pieces(path, rows)
+        else:
+            yield from _text_pieces(path, rows, header)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error}") from error
+
+
+def count_rows(path: str | Path) -> int:
+    """Return about how many rows a file holds (lines of a text, a header included), for progress.
+
+    Parameters
+    ----------
+    path : path
+    """
+    path = Path(path)
+    if not path.is_file():
+        return 0  # `read_pieces` says so
+    if path.suffix.lower() in (".parquet", ".pq"):
+        import pyarrow as pa
+        from pyarrow import parquet
+
+        try:
+            return parquet.ParquetFile(path).metadata.num_rows
+        except (pa.ArrowException, OSError, ValueError):
+            return 0
+    with path.open("rb") as file:
+        return sum(part.count(b"\n") for part in iter(lambda: file.read(2**20), b""))
+
+
+def _cut_pieces(table: Table, rows: int) -> Iterator[Table]:
+    for low in range(0, len(table.frame), rows):
+        frame = table.frame.iloc[low : low + rows].reset_index(drop=True)
+        yield replace(table, frame=frame, row_offset=table.row_offset + low)
+
+
+def _parquet_pieces(path: Path, rows: int) -> Iterator[Table]:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    done = 0
+    try:
+        with parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=rows):
+                table = _named_table(batch.to_pandas(), str(path))
+                yield replace(table, row_offset=1 + done)
+                done += len(table.frame)
+    except (pa.ArrowException, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{path}: not a readable Parquet file: {error}") from error
+    if not done:
+        raise InputError(f"{path}: the table has no rows; expected at least one")
+
+
+def _text_pieces(path: Path, rows: int, header: bool | None) -> Iterator[Table]:
+    import pandas as pd
+
+    with path.open(encoding="utf-8-sig") as file:
+        lines = _numbered_lines(path, file)
+        head = list(itertools.islice(lines, SNIFFED_LINES))
+        if not head:
+            raise InputError(f"{path}: the file is empty; expected one row per line")
+        delimiter = _delimiter([line for _, line in head])
+        first, line = head[0]
+        top = _fields(line, delimiter)
+        if header is None:
+            header = _looks_like_header(path, top, first)
+        names = top if header else _default_names(len(top))
+        rest = itertools.chain(head[1:] if header else head, lines)
+        while piece := list(itertools.islice(rest, rows)):
+            cells = []
+            for number, line in piece:
+                try:
+                    cells.append(_fields(line, delimiter))
+                except csv.Error as error:
+                    raise InputError(_unmatched_quotes(path, number, error)) from error
+                if len(cells[-1]) != len(names):
+                    raise InputError(
+                        f"{path}, line {number}: found {len(cells[-1])} fields, expected "
+                        f"{len(names)} fields as in line {first}; correct or remove the line"
+                    )
+            frame = pd.DataFrame(dict(enumerate(_typed(c) for c in zip(*cells, strict=True))))
+            frame.columns = names
+            yield Table(frame, str(path), header, piece[0][0], _last(frame), unit="line")
+            del frame, cells
+        if header and len(head) == 1:
+            raise InputError(
+                f"{path}: a header (line {first}) but no rows; expected one row per line under it"
+            )
+
+
+def _numbered_lines(path: Path, file: TextIO) -> Iterator[tuple[int, str]]:
+    """Yield the lines with their numbers, without empty ones at both ends."""
+    empty, begun = 0, False
+    try:
+        for number, text in enumerate(file, start=1):
+            line = text.rstrip("\n")
+            if not line.strip():
+                empty = empty or number
+                continue
+            if "\0" in line:
+                raise InputError(_not_text(path))
+            if empty and begun:
+                raise InputError(
+                    f"{path}, line {empty}: found an empty line, expected fields as in the first "
+                    "one; correct or remove the line"
+                )
+            empty, begun = 0, True
+            yield number, line
+    except UnicodeDecodeError as error:
+        raise InputError(_not_text(path)) from error
+
+
+def _not_text(path: Path) -> str:
+    return (
+        f"{path}: not UTF-8 text; expected CSV or space-separated text in UTF-8, or a file "
+        "ending in .parquet or .npz"
+    )
+
+
+def _unmatched_quotes(path: Path, number: int, error: csv.Error) -> str:
+    return (
+        f"{path}, line {number}: the quotes do not match ({error}); a quoted cell must "
+        "end in the line in which it starts, with nothing after the quote"
+    )
+
+
 def _text_lines(path: Path) -> list[str]:
     try:
         # utf-8-sig: spreadsheets write a byte-order mark that would stick to the first name.
@@ -428,10 +615,7 @@ def _text_lines(path: Path) -> list[str]:
     except UnicodeDecodeError:
         text = "\0"
     if "\0" in text:
-        raise InputError(
-            f"{path}: not UTF-8 text; expected CSV or space-separated text in UTF-8, or a file "
-            "ending in .parquet or .npz"
-        )
+        raise InputError(_not_text(path))
     return text.split("\n")
 
 
@@ -828,10 +1012,15 @@ def _is_decimal_comma(cell: Any) -> bool:
 
 
 def _check_numbers(
-    table: Table, name: str, values: np.ndarray, bad: np.ndarray, if_text: str
+    table: Table,
+    name: str,
+    values: np.ndarray,
+    bad: np.ndarray,
+    if_text: str,
+    gaps: bool = False,
 ) -> None:
-    """Raise an error that names the first cell that is not a finite number."""
-    wrong = ~np.isfinite(values)
+    """Raise an error that names the first cell that is not a finite number (``gaps``: or empty)."""
+    wrong = bad | np.isinf(values) if gaps else ~np.isfinite(values)
     if not wrong.any():
         return
     row = int(wrong.argmax())
@@ -887,14 +1076,14 @@ def _levels(column: "pandas.Series") -> tuple[np.ndarray, list[Any]]:
     return lookup[codes], [first[label] for label in labels]
 
 
-def _check_levels(table: Table, name: str, codes: np.ndarray) -> None:
-    """Raise an error that names the first cell without a category."""
+def _check_levels(table: Table, name: str, codes: np.ndarray, gaps: bool = False) -> None:
+    """Raise an error that names the first cell without a category (allowed with ``gaps``)."""
     column, missing = table.frame[name], codes < 0
-    if missing.any():
+    if missing.any() and not gaps:
         row = int(missing.argmax())
         raise InputError(_missing(_at(table, row, name), column.iloc[row], _more(missing, "cell")))
     if column.dtype.kind == "f":
-        _check_numbers(table, name, *_floats(column), if_text="")
+        _check_numbers(table, name, *_floats(column), if_text="", gaps=gaps)
 
 
 # ------------------------------------------------------------------------------------ prepare
@@ -919,12 +1108,20 @@ def prepare(
     categorical: Sequence[str] = (),
     split: Split = Split(),
     batch_size: int | None = None,
+    support: Support = "real",
+    tolerant: bool = False,
 ) -> Dataset:
     """Check a table, split it, and encode and scale it by its training part.
 
     Columns of text, categories and truth values become 0/1 columns, one for each category of
     the whole table. A column of text in which at most half of the cells are not numbers counts
     as numeric with mistakes.
+
+    With ``tolerant``, a missing number becomes the median of the training part and a missing
+    category 0 in all columns of its categories; a column with gaps gets one more 0/1 column that
+    says where they are. In new rows, a category that the table did not have becomes 0 in all
+    columns too; that, and a gap in a column that had none, is an `UnseenWarning`. Columns that are
+    constant in the training part are kept, as 0. Gaps in targets stay errors.
 
     Parameters
     ----------
@@ -944,6 +1141,11 @@ def prepare(
         Which rows train, validate and test.
     batch_size : int, optional
         The training part must have as many rows.
+    support : {"real", "count", "unit"}
+        What the likelihood takes a numeric target for. Counts, and shares between 0 and 1, are
+        checked and stay as they are.
+    tolerant : bool
+        See above; else gaps, unseen categories and constant columns are errors.
 
     Returns
     -------
@@ -961,7 +1163,7 @@ def prepare(
     raw: list[_RawFeature] = []
     for name in names:
         try:
-            raw.append(_read_feature(table, name, name in _names(categorical)))
+            raw.append(_read_feature(table, name, name in _names(categorical), tolerant))
         except InputError as error:
             problems.append(str(error))
     y = np.empty((rows, 0))
@@ -971,14 +1173,15 @@ def prepare(
             y, classes = _read_classes(table, targets[0])
         else:
             y = _read_numbers(table, targets)
+            _check_support(table, targets, y, [support] * len(targets))
     except InputError as error:
         problems.append(str(error))
     _fail(table.name, problems)
 
     train, validation, test = _split(table, split, rows, y if classes else None, classes)
-    fitted, problems = _fit_features(table, raw, train)
+    fitted, problems = _fit_features(table, raw, train, tolerant)
     if classes is None:
-        columns, more = _fit_targets(table, targets, y, train)
+        columns, more = _fit_targets(table, targets, y, train, support)
         y = (y - [c.center for c in columns]) / [c.scale for c in columns] if not more else y
     else:
         columns = (TargetColumn(targets[0], 0.0, 1.0),)
@@ -991,7 +1194,7 @@ def prepare(
         )
     _fail(table.name, problems)
     encoding = Encoding(
-        task, fitted, columns, classes, table.has_header, tuple(table.frame.columns)
+        task, fitted, columns, classes, table.has_header, tuple(table.frame.columns), tolerant
     )
     x = np.column_stack([_encode(f, r.values) for f, r in zip(fitted, raw, strict=True)])
     return Dataset(x, y, train, validation, test, encoding, table.name)
@@ -1088,8 +1291,8 @@ def _choose_columns(
     return targets, names
 
 
-def _read_feature(table: Table, name: str, listed: bool) -> _RawFeature:
-    """Return a feature column whose every cell can be used."""
+def _read_feature(table: Table, name: str, listed: bool, gaps: bool) -> _RawFeature:
+    """Return a feature column whose every cell can be used, or with ``gaps`` is empty."""
     column = table.frame[name]
     if not listed and not _is_categorical(table, name):
         values, bad = _floats(column)
@@ -1099,10 +1302,11 @@ def _read_feature(table: Table, name: str, listed: bool) -> _RawFeature:
             values,
             bad,
             "correct the cell, or if the column is categorical, list it in data.categorical",
+            gaps,
         )
         return _RawFeature(name, values, None)
     codes, levels = _levels(column)
-    _check_levels(table, name, codes)
+    _check_levels(table, name, codes, gaps)
     if len(levels) > MAX_CATEGORIES:
         raise InputError(
             f"{table.name}, column {name!r}: found {len(levels)} categories "
@@ -1144,11 +1348,16 @@ def _read_classes(table: Table, name: str) -> tuple[np.ndarray, tuple[Label, ...
 
 
 def _fit_features(
-    table: Table, raw: Sequence[_RawFeature], train: np.ndarray
+    table: Table, raw: Sequence[_RawFeature], train: np.ndarray, tolerant: bool
 ) -> tuple[tuple[FeatureColumn, ...], list[str]]:
     """Scale by the training rows; the second result lists columns that cannot be scaled."""
     fitted, constant, problems = [], [], []
     for feature in raw:
+        if tolerant:
+            column, more = _fit_tolerant(table, feature, train)
+            fitted.append(column)
+            problems += more
+            continue
         values = feature.values[train]
         center, scale = 0.0, 1.0
         if (values == values[0]).all():
@@ -1168,13 +1377,68 @@ def _fit_features(
     return tuple(fitted), problems
 
 
+def _fit_tolerant(
+    table: Table, feature: _RawFeature, train: np.ndarray
+) -> tuple[FeatureColumn, list[str]]:
+    """Scale a column that may have gaps or be constant."""
+    gaps = bool(_gaps(feature.values, feature.categories).any())
+    if feature.categories is not None:
+        return FeatureColumn(feature.name, feature.categories, 0.0, 1.0, gaps=gaps), []
+    values = feature.values[train]
+    known = values[~np.isnan(values)]
+    if not len(known):
+        return FeatureColumn(feature.name, None, 0.0, 1.0, 0.0, gaps), [
+            f"{table.name}, column {feature.name!r}: found no value in the "
+            f"{_rows(len(train))} of the training part; fill it in, or leave the column out"
+        ]
+    fill = float(np.median(known))
+    values = np.where(np.isnan(values), fill, values)
+    if (values == values[0]).all():
+        return FeatureColumn(feature.name, None, float(values[0]), 1.0, fill, gaps), []
+    center, scale = _center_and_scale(values)
+    problems = _spread_problem(table, feature.name, scale)
+    return FeatureColumn(feature.name, None, center, scale, fill, gaps), problems
+
+
+def _check_support(
+    table: Table, targets: Sequence[str], y: np.ndarray, supports: Sequence[Support]
+) -> None:
+    """Refuse numbers that the likelihood of a count or of a share cannot have."""
+    for name, values, support in zip(targets, y.T, supports, strict=True):
+        if support == "real":
+            continue
+        if support == "count":
+            wrong = (values < 0) | (values != np.floor(values))
+            expected = "whole numbers from 0 for a likelihood of counts"
+            advice = "correct the cell, or choose another likelihood, such as gaussian"
+        else:
+            # As they are computed with: in float32, 1 - 1e-9 is 1.
+            single = values.astype(np.float32)
+            wrong = (single <= 0) | (single >= 1)
+            expected = "numbers between 0 and 1, without these, for a beta likelihood"
+            advice = "move them inside, give percentages as shares, or choose another likelihood"
+        if wrong.any():
+            row = int(wrong.argmax())
+            raise InputError(
+                f"{_at(table, row, name)}: found {float(values[row])!r}{_more(wrong, 'cell')}, "
+                f"expected {expected}; {advice}"
+            )
+
+
 def _fit_targets(
-    table: Table, targets: Sequence[str], y: np.ndarray, train: np.ndarray
+    table: Table,
+    targets: Sequence[str],
+    y: np.ndarray,
+    train: np.ndarray,
+    support: Support = "real",
 ) -> tuple[tuple[TargetColumn, ...], list[str]]:
     fitted, problems = [], []
     for name, values in zip(targets, y[train].T, strict=True):
         center, scale = _center_and_scale(values)
-        fitted.append(TargetColumn(name, center, scale))
+        if support == "real":
+            fitted.append(TargetColumn(name, center, scale))
+        else:
+            fitted.append(TargetColumn(name, 0.0, 1.0, support, center))
         if (values == values[0]).all():
             problems.append(
                 f"{table.name}, target {name!r}: found the one value {float(values[0])!r} in all "
@@ -1213,11 +1477,21 @@ def _absent_classes(
     ]
 
 
+def _gaps(values: np.ndarray, categories: tuple[str, ...] | None) -> np.ndarray:
+    """Return (rows,) where a number is NaN, or the index of a category -1."""
+    return np.isnan(values) if categories is None else values < 0
+
+
 def _encode(feature: FeatureColumn, values: np.ndarray) -> np.ndarray:
-    """Return (rows, 1 or categories) of scaled numbers, or of 0 and 1."""
+    """Return (rows, columns) of scaled numbers, or of 0 and 1; with what is said of gaps."""
+    missing = _gaps(values, feature.categories)
     if feature.categories is None:
-        return ((values - feature.center) / feature.scale)[:, None]
-    return (values[:, None] == np.arange(len(feature.categories))).astype(np.float64)
+        if feature.fill is not None:
+            values = np.where(missing, feature.fill, values)
+        encoded = ((values - feature.center) / feature.scale)[:, None]
+    else:
+        encoded = (values[:, None] == np.arange(len(feature.categories))).astype(np.float64)
+    return np.column_stack([encoded, missing]) if feature.gaps else encoded
 
 
 # -------------------------------------------------------------------------------------- split
@@ -1390,6 +1664,30 @@ def _cut(
 # ------------------------------------------------------------------------------------ new rows
 
 
+def as_table(encoding: Encoding, rows: Any, y: Any = None) -> Table:
+    """Return new rows as a table, an array's columns named as in training.
+
+    Parameters
+    ----------
+    encoding : Encoding
+        Of the training data.
+    rows : Table, DataFrame or array (rows, features)
+    y : array, optional
+        Targets, if they are not among the columns.
+    """
+    if isinstance(rows, Table):
+        return rows
+    # An array without names: its columns are the features, in the table's order.
+    features = [feature.name for feature in encoding.features]
+    bare = isinstance(rows, np.ndarray | list) and np.shape(rows)[1:] == (len(features),)
+    return table_from_arrays(
+        rows,
+        y,
+        feature_names=features if bare else None,
+        target_names=None if y is None else [target.name for target in encoding.targets],
+    )
+
+
 def encode_features(encoding: Encoding, table: Table) -> np.ndarray:
     """Encode and scale the features of new rows.
 
@@ -1412,13 +1710,15 @@ def encode_features(encoding: Encoding, table: Table) -> np.ndarray:
     ------
     InputError
         No rows, a missing column, another number of columns, or a cell that is missing, not a
-        number, or a category that the training table did not have.
+        number, or a category that the training table did not have. The encoding of a tolerant
+        `prepare` takes missing cells and unseen categories, with an `UnseenWarning` where the
+        training table had none.
     """
     table = _aligned(encoding, table)
     problems, encoded = [], []
     for feature in encoding.features:
         try:
-            encoded.append(_encode(feature, _new_values(table, feature)))
+            encoded.append(_encode(feature, _new_values(table, feature, encoding.tolerant)))
         except InputError as error:
             problems.append(str(error))
     _fail(table.name, problems)
@@ -1454,6 +1754,7 @@ def encode_targets(encoding: Encoding, table: Table) -> np.ndarray | None:
         labels = [_label(label) for label in encoding.classes]
         return _known_codes(table, names[0], labels, "class")
     y = _read_numbers(table, names)
+    _check_support(table, names, y, [target.support for target in encoding.targets])
     return (y - [t.center for t in encoding.targets]) / [t.scale for t in encoding.targets]
 
 
@@ -1499,28 +1800,54 @@ def _aligned(encoding: Encoding, table: Table) -> Table:
     )
 
 
-def _new_values(table: Table, feature: FeatureColumn) -> np.ndarray:
+def _new_values(table: Table, feature: FeatureColumn, tolerant: bool) -> np.ndarray:
     if feature.categories is not None:
-        return _known_codes(table, feature.name, feature.categories, "category")
-    values, bad = _floats(table.frame[feature.name])
-    _check_numbers(table, feature.name, values, bad, "the training column was numeric")
+        values = _known_codes(table, feature.name, feature.categories, "category", tolerant)
+    else:
+        values, bad = _floats(table.frame[feature.name])
+        advice = "the training column was numeric"
+        _check_numbers(table, feature.name, values, bad, advice, tolerant)
+    if tolerant and not feature.gaps:
+        column = table.frame[feature.name]
+        missing = (column.isna() | (column == "")).to_numpy(dtype=bool)
+        if feature.categories is None:
+            missing = np.isnan(values)
+        if missing.any():
+            filled = "0 in all columns of its categories"
+            if feature.categories is None:
+                filled = f"the median, {feature.fill:g}"
+            row = int(missing.argmax())
+            _warn_unseen(
+                f"{_at(table, row, feature.name)}: found a missing value"
+                f"{_more(missing, 'cell')}, but none was missing in training; encoded as {filled}"
+            )
     return values
 
 
-def _known_codes(table: Table, name: str, labels: Sequence[str], what: str) -> np.ndarray:
-    """Return (rows,) indices into the labels of the training table."""
+def _warn_unseen(message: str) -> None:
+    warnings.warn(message, UnseenWarning, stacklevel=2)
+
+
+def _known_codes(
+    table: Table, name: str, labels: Sequence[str], what: str, tolerant: bool = False
+) -> np.ndarray:
+    """Return (rows,) indices into the labels of the training table, -1 where there is none."""
     codes, levels = _levels(table.frame[name])
-    _check_levels(table, name, codes)
+    _check_levels(table, name, codes, tolerant)
     index = {label: i for i, label in enumerate(labels)}
-    known = np.array([index.get(_label(level), -1) for level in levels], dtype=np.int64)[codes]
-    unseen = known < 0
+    # The last entry is for code -1, the missing cells.
+    lookup = np.array([index.get(_label(level), -1) for level in levels] + [-1], dtype=np.int64)
+    known = lookup[codes]
+    unseen = (known < 0) & (codes >= 0)
     if unseen.any():
         row = int(unseen.argmax())
-        raise InputError(
+        found = (
             f"{_at(table, row, name)}: found the {what} {str(levels[codes[row]])!r}"
-            f"{_more(unseen, 'cell')}, which the training table did not have; expected one of "
-            f"{_listed(labels)}"
+            f"{_more(unseen, 'cell')}, which the training table did not have; "
         )
+        if not tolerant:
+            raise InputError(f"{found}expected one of {_listed(labels)}")
+        _warn_unseen(f"{found}encoded as 0 in all columns of its categories")
     return known
 
 

@@ -221,8 +221,8 @@ def build_training(
     # Some optimisers (line searches, Polyak steps) look at the loss as well.
     update = optax.with_extra_args_support(optimiser).update
 
-    def loss(position, x, y):
-        return -posterior.log_likelihood(position, x, y) / x.shape[0]
+    def loss(position, x, y, weights=None):
+        return -posterior.log_likelihood(position, x, y, weights) / x.shape[0]
 
     def start_member(index, key):
         traces["start"] += 1
@@ -238,24 +238,24 @@ def build_training(
         )
 
     def one_epoch(member: Member, key, data) -> tuple[Member, jax.Array]:
-        x, y, x_val, y_val = data
+        half = len(data) // 2
+        training_rows, held_out = data[:half], data[half:]
         order = jax.random.permutation(jax.random.fold_in(key, member.epoch), rows)
 
         def one_batch(i, inner):
             position, state, total = inner
-            if batches == 1 and size == rows:
-                xb, yb = x, y
-            else:
+            batch = training_rows
+            if batches > 1 or size < rows:
                 chosen = jax.lax.dynamic_slice(order, (i * size,), (size,))
-                xb, yb = x[chosen], y[chosen]
-            value, gradient = jax.value_and_grad(loss)(position, xb, yb)
+                batch = tuple(values[chosen] for values in training_rows)
+            value, gradient = jax.value_and_grad(loss)(position, *batch)
             updates, state = update(
                 gradient,
                 state,
                 position,
                 value=value,
                 grad=gradient,
-                value_fn=lambda p: loss(p, xb, yb),
+                value_fn=lambda p: loss(p, *batch),
             )
             return optax.apply_updates(position, updates), state, total + value
 
@@ -263,7 +263,7 @@ def build_training(
             0, batches, one_batch, (member.position, member.optimiser, jnp.zeros(()))
         )
         train_loss = total / batches
-        val_loss = loss(position, x_val, y_val) if validation_rows else loss(position, x, y)
+        val_loss = loss(position, *(held_out if validation_rows else training_rows))
         better = val_loss < member.best_loss  # False for NaN: the best weights stay
         epoch = member.epoch + 1
         best_epoch = jnp.where(better, epoch, member.best_epoch)
@@ -333,7 +333,8 @@ def run_epochs(
         From `start_members` or the last block. Its buffers are given away.
     seed : int
     data : tuple
-        ``(x, y, x_validation, y_validation)`` on the devices.
+        ``(x, y, x_validation, y_validation)`` on the devices; or, with row weights,
+        ``(x, y, weights, x_validation, y_validation, weights_validation)``, each of mean 1.
     first : int
         Epochs already done.
     max_count : int
@@ -375,6 +376,14 @@ def finish_ensemble(member: Any, history: np.ndarray) -> Ensemble:
     return Ensemble(member.best, member.best_loss, member.best_epoch, member.epoch, history)
 
 
+def mean_one(weights, rows: int) -> np.ndarray:
+    """Return weights of rows (rows,) with mean 1; all equal if None."""
+    if weights is None:
+        return np.ones(rows)
+    weights = np.asarray(weights, np.float64)
+    return weights / weights.mean()
+
+
 def fit_ensemble(
     posterior,
     x,
@@ -390,6 +399,8 @@ def fit_ensemble(
     seed: int = 0,
     placement: Placement | None = None,
     on_block: Callable[[EpochBlock], None] | None = None,
+    weights=None,
+    weights_validation=None,
 ) -> Ensemble:
     """Train a deep ensemble, all members at once.
 
@@ -411,6 +422,8 @@ def fit_ensemble(
     placement : Placement
     on_block : callable
         Called with each `EpochBlock`, for progress.
+    weights, weights_validation : arrays (rows,), optional
+        Weights of the rows in the losses, which are then weighted means; all equal if not given.
 
     Returns
     -------
@@ -435,6 +448,10 @@ def fit_ensemble(
         max_epochs=max_epochs,
         patience=patience,
     )
+    if weights is not None:
+        other = weights if not validation else weights_validation
+        training_rows += (mean_one(weights, len(training_rows[0])),)
+        held_out = (*held_out[:2], mean_one(other, len(held_out[0])))
     data = replicate((*training_rows, *held_out), placement)
     state = start_members(training, seed)
     history = []

@@ -40,4 +40,5 @@ def read_dataset(config: Config, folder: Path | None = None) -> Dataset:
         categorical=data.categorical,
         split=Split(**data.split.model_dump()),
         batch_size=config.ensemble.batch_size or None,
+        support=config.support,
     )

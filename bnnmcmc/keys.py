@@ -15,6 +15,7 @@ STAGES = (
     "warmup",
     "sampling",
     "prediction",
+    "mixture",
 )
 
 

@@ -1,11 +1,13 @@
 """Likelihoods: what a network's outputs mean, on numpyro.distributions."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import numpyro
 import numpyro.distributions as dist
 
 from bnnmcmc.errors import InputError
@@ -15,6 +17,14 @@ from bnnmcmc.errors import InputError
 
 # Keeps a predicted scale off zero in float32; the target has unit variance.
 MIN_SCALE = 1e-4
+# Bounds of what is exponentiated, far beyond what data ask for: densities and gradients stay
+# finite whatever an untrained network puts out.
+MAX_LOG_RATE = 20.0
+MAX_LOG_CONCENTRATION = 8.0
+MAX_LOGIT = 12.0
+
+Support = Literal["real", "count", "unit"]
+Scale = Literal["predicted", "sampled"] | float
 
 
 class Likelihood(NamedTuple):
@@ -35,6 +45,9 @@ class Likelihood(NamedTuple):
     task : str
         ``"regression"`` (y is ``(rows, targets)``) or ``"classification"`` (y is ``(rows,)``,
         class indices).
+    support : str
+        Of a numeric target: ``"real"``, whole numbers from 0 (``"count"``), or between 0 and 1
+        (``"unit"``). Only a real target is standardised.
     """
 
     distribution: Callable[[Any, jax.Array], dist.Distribution]
@@ -42,6 +55,7 @@ class Likelihood(NamedTuple):
     init: Callable[[], Any]
     log_prior: Callable[[Any], jax.Array]
     task: Literal["regression", "classification"]
+    support: Support = "real"
 
 
 def _no_params() -> dict:
@@ -52,11 +66,70 @@ def _no_prior(params) -> jax.Array:
     return jnp.zeros(())
 
 
-def gaussian(
-    targets: int = 1,
-    scale: Literal["predicted", "sampled"] | float = "predicted",
-    scale_prior: float = 1.0,
+def _check_count(targets: int) -> None:
+    if targets < 1:
+        raise InputError(f"likelihood: found {targets} targets, expected at least 1")
+
+
+def _check_scale(scale: Scale, scale_prior: float, name: str = "scale") -> None:
+    if isinstance(scale, str):
+        if scale not in ("predicted", "sampled"):
+            raise InputError(
+                f"likelihood.{name}: found {scale!r}, expected 'predicted', 'sampled' or a number"
+            )
+    elif not (scale > 0 and math.isfinite(scale)):
+        raise InputError(f"likelihood.{name}: found {scale}, expected a positive number")
+    if not (scale_prior > 0 and math.isfinite(scale_prior)):
+        raise InputError(f"likelihood.scale_prior: found {scale_prior}, expected a positive number")
+
+
+def _location_scale(
+    targets: int,
+    scale: Scale,
+    scale_prior: float,
+    family: Callable[[Any, jax.Array, jax.Array | float], dist.Distribution],
+    init: Callable[[], dict] = _no_params,
+    log_prior: Callable[[Any], jax.Array] = _no_prior,
 ) -> Likelihood:
+    """Build a likelihood with a predicted location, and a scale as `gaussian` says.
+
+    ``family(params, location, scale)``, with ``init`` and ``log_prior`` of its further parameters.
+    """
+    _check_count(targets)
+    _check_scale(scale, scale_prior)
+
+    if scale == "predicted":
+
+        def predicted(params, outputs):
+            # Cut across rows as the networks compute them: outputs.T is what they hold.
+            location, raw = (part.T for part in jnp.split(outputs.T, 2))
+            spread = jax.nn.softplus(raw) + MIN_SCALE
+            return family(params, location, spread).to_event(1)
+
+        return Likelihood(predicted, 2 * targets, init, log_prior, "regression")
+
+    if scale == "sampled":
+
+        def sampled(params, outputs):
+            return family(params, outputs, jnp.exp(params["log_scale"])).to_event(1)
+
+        def both_priors(params):
+            eta = params["log_scale"]
+            prior = dist.HalfNormal(scale_prior, validate_args=False)
+            return (prior.log_prob(jnp.exp(eta)) + eta).sum() + log_prior(params)
+
+        def both_inits():
+            return {"log_scale": jnp.full((targets,), jnp.log(0.5)), **init()}
+
+        return Likelihood(sampled, targets, both_inits, both_priors, "regression")
+
+    def known(params, outputs):
+        return family(params, outputs, scale).to_event(1)
+
+    return Likelihood(known, targets, init, log_prior, "regression")
+
+
+def gaussian(targets: int = 1, scale: Scale = "predicted", scale_prior: float = 1.0) -> Likelihood:
     r"""Build a Gaussian likelihood, independent over targets.
 
     ``scale="predicted"``: :math:`y \sim N(f_1(x), \mathrm{softplus}(f_2(x))^2)`, two outputs per
@@ -70,7 +143,7 @@ def gaussian(
     Parameters
     ----------
     targets : int
-        Number of targets.
+        Number of targets; given the network they are independent.
     scale : "predicted", "sampled" or float
         See above; in units of the scaled target.
     scale_prior : float
@@ -85,33 +158,318 @@ def gaussian(
     InputError
         No targets, a scale that is not positive, or an unknown word.
     """
-    if targets < 1:
-        raise InputError(f"likelihood: found {targets} targets, expected at least 1")
-    if isinstance(scale, str):
-        if scale not in ("predicted", "sampled"):
-            raise InputError(
-                f"likelihood.scale: found {scale!r}, expected 'predicted', 'sampled' or a number"
-            )
-    elif not (scale > 0 and math.isfinite(scale)):
-        raise InputError(f"likelihood.scale: found {scale}, expected a positive number")
-    if not (scale_prior > 0 and math.isfinite(scale_prior)):
-        raise InputError(f"likelihood.scale_prior: found {scale_prior}, expected a positive number")
 
-    if scale == "predicted":
+    def normal(params, location, scale):
+        return dist.Normal(location, scale, validate_args=False)
+
+    return _location_scale(targets, scale, scale_prior, normal)
+
+
+def laplace(targets: int = 1, scale: Scale = "predicted", scale_prior: float = 1.0) -> Likelihood:
+    r"""Build a Laplace likelihood: :math:`p(y) = \frac{1}{2b} e^{-|y - f_1(x)| / b}`.
+
+    For noise with a sharp peak and longer tails than a Gaussian's; f_1 is the median.
+
+    Parameters
+    ----------
+    targets, scale, scale_prior
+        As in `gaussian`; the scale is b, the standard deviation :math:`\sqrt 2 b`.
+
+    Returns
+    -------
+    Likelihood
+
+    Raises
+    ------
+    InputError
+        As `gaussian`.
+    """
+
+    def family(params, location, scale):
+        return dist.Laplace(location, scale, validate_args=False)
+
+    return _location_scale(targets, scale, scale_prior, family)
+
+
+def student_t(
+    targets: int = 1,
+    scale: Scale = "predicted",
+    scale_prior: float = 1.0,
+    df: Literal["sampled"] | float = 4.0,
+) -> Likelihood:
+    r"""Build a Student-t likelihood: a Gaussian that does not mind outliers.
+
+    .. math:: \frac{y - f_1(x)}{s} \sim t_\nu
+
+    ``df="sampled"``: one :math:`\nu = 2 + e^\zeta` per target, with :math:`\nu - 2 \sim
+    \mathrm{Gamma}(2, 0.1)`; it is above 2, so that predictions have a variance.
+
+    Parameters
+    ----------
+    targets, scale, scale_prior
+        As in `gaussian`; the scale is s, the standard deviation
+        :math:`s \sqrt{\nu / (\nu - 2)}`.
+    df : "sampled" or float
+        Degrees of freedom, above 2.
+
+    Returns
+    -------
+    Likelihood
+
+    Raises
+    ------
+    InputError
+        As `gaussian`, or degrees of freedom of 2 or less.
+
+    References
+    ----------
+    Juarez and Steel (2010), J. Business and Economic Statistics 28 (the prior).
+    """
+    if df != "sampled" and (isinstance(df, str) or not (df > 2 and math.isfinite(df))):
+        raise InputError(
+            f"likelihood.df: found {df!r}, expected 'sampled' or a number above 2: with less there "
+            "is no variance"
+        )
+
+    def family(params, location, scale):
+        freedom = 2 + jnp.exp(params["log_df"]) if df == "sampled" else df
+        return dist.StudentT(freedom, location, scale, validate_args=False)
+
+    def init():
+        return {"log_df": jnp.full((targets,), jnp.log(8.0))}
+
+    def log_prior(params):
+        zeta = params["log_df"]
+        return (dist.Gamma(2.0, 0.1, validate_args=False).log_prob(jnp.exp(zeta)) + zeta).sum()
+
+    if df == "sampled":
+        return _location_scale(targets, scale, scale_prior, family, init, log_prior)
+    return _location_scale(targets, scale, scale_prior, family)
+
+
+def gaussian_mixture(targets: int = 1, components: int = 3) -> Likelihood:
+    r"""Build a mixture density: noise of any shape, skewed or with several peaks.
+
+    .. math:: p(y) = \sum_k \mathrm{softmax}(a(x))_k \, N(y; m_k(x), \mathrm{softplus}(s_k(x))^2)
+
+    The means are the outputs plus numbers evenly spaced from -1 to 1, so that components differ
+    where all outputs are alike.
+
+    Parameters
+    ----------
+    targets : int
+    components : int
+        K, at least 2; 3 K outputs per target: all a, then all m, then all s, each by target.
+
+    Returns
+    -------
+    Likelihood
+
+    Raises
+    ------
+    InputError
+        No targets, or fewer than two components.
+
+    References
+    ----------
+    Bishop (1994), Mixture density networks.
+    """
+    _check_count(targets)
+    if components < 2:
+        raise InputError(f"likelihood.components: found {components}, expected at least 2")
+    spread = jnp.linspace(-1.0, 1.0, components)
+
+    def distribution(params, outputs):
+        parts = (part.T for part in jnp.split(outputs.T, 3))
+        logits, means, raw = (part.reshape(-1, targets, components) for part in parts)
+        sd = jax.nn.softplus(raw) + MIN_SCALE
+        return dist.MixtureSameFamily(
+            dist.Categorical(logits=logits, validate_args=False),
+            dist.Normal(means + spread, sd, validate_args=False),
+            validate_args=False,
+        ).to_event(1)
+
+    outputs = 3 * components * targets
+    return Likelihood(distribution, outputs, _no_params, _no_prior, "regression")
+
+
+def _level(targets: int, level: float | Sequence[float], highest: float) -> np.ndarray:
+    _check_count(targets)
+    found = np.broadcast_to(np.asarray(level, np.float64), (targets,))
+    if not np.all((found > 0) & (found < highest)):
+        wanted = "more than 0" if math.isinf(highest) else f"between 0 and {highest:g}"
+        raise InputError(f"likelihood.level: found {level}, expected {wanted} for each target")
+    return found
+
+
+def _rate(output: jax.Array, level: np.ndarray) -> jax.Array:
+    return level * jnp.exp(jnp.clip(output, -MAX_LOG_RATE, MAX_LOG_RATE))
+
+
+def poisson(targets: int = 1, level: float | Sequence[float] = 1.0) -> Likelihood:
+    r"""Build a Poisson likelihood for counts: :math:`y \sim \mathrm{Poisson}(c \, e^{f(x)})`.
+
+    Parameters
+    ----------
+    targets : int
+        One output each.
+    level : float or sequence of float
+        c, the rate where the network puts out 0: such as the mean of the training counts.
+
+    Returns
+    -------
+    Likelihood
+        The target is not standardised.
+
+    Raises
+    ------
+    InputError
+        No targets, or a level that is not positive.
+    """
+    at = _level(targets, level, math.inf)
+
+    def distribution(params, outputs):
+        return dist.Poisson(_rate(outputs, at), validate_args=False).to_event(1)
+
+    return Likelihood(distribution, targets, _no_params, _no_prior, "regression", "count")
+
+
+def zero_inflated_poisson(targets: int = 1, level: float | Sequence[float] = 1.0) -> Likelihood:
+    r"""Build a likelihood for counts with more zeros than a Poisson's.
+
+    .. math:: y = 0 \text{ with probability } \mathrm{sigmoid}(f_2(x)), \text{ else }
+              y \sim \mathrm{Poisson}(c \, e^{f_1(x)})
+
+    Parameters
+    ----------
+    targets, level
+        As in `poisson`; two outputs per target, all f_1 first.
+
+    Returns
+    -------
+    Likelihood
+
+    Raises
+    ------
+    InputError
+        As `poisson`.
+    """
+    at = _level(targets, level, math.inf)
+
+    def distribution(params, outputs):
+        rate, gate = (part.T for part in jnp.split(outputs.T, 2))
+        counts = dist.Poisson(_rate(rate, at), validate_args=False)
+        gate = jnp.clip(gate, -MAX_LOGIT, MAX_LOGIT)
+        return dist.ZeroInflatedDistribution(
+            counts, gate_logits=gate, validate_args=False
+        ).to_event(1)
+
+    return Likelihood(distribution, 2 * targets, _no_params, _no_prior, "regression", "count")
+
+
+def negative_binomial(
+    targets: int = 1,
+    concentration: Scale = "predicted",
+    level: float | Sequence[float] = 1.0,
+    scale_prior: float = 1.0,
+) -> Likelihood:
+    r"""Build a likelihood for counts that spread wider than a Poisson's.
+
+    .. math:: \mathrm E[y] = \mu = c \, e^{f_1(x)}, \qquad \mathrm{Var}[y] = \mu + \mu^2 / r
+
+    Parameters
+    ----------
+    targets, level
+        As in `poisson`.
+    concentration : "predicted", "sampled" or float
+        r: :math:`e^{f_2(x)}` (two outputs per target, all f_1 first); one number per target,
+        :math:`1 / \sqrt r \sim \mathrm{HalfNormal}` of ``scale_prior``; or known.
+    scale_prior : float
+
+    Returns
+    -------
+    Likelihood
+
+    Raises
+    ------
+    InputError
+        As `poisson`, or a concentration that is not positive.
+    """
+    at = _level(targets, level, math.inf)
+
+    def family(mean, concentration):
+        # Its own Gamma is checked whatever validate_args says.
+        with numpyro.validation_enabled(False):
+            return dist.NegativeBinomial2(_rate(mean, at), concentration, validate_args=False)
+
+    return _with_concentration(targets, concentration, scale_prior, family, "count")
+
+
+def beta(
+    targets: int = 1,
+    concentration: Scale = "predicted",
+    level: float | Sequence[float] = 0.5,
+    scale_prior: float = 1.0,
+) -> Likelihood:
+    r"""Build a beta likelihood for shares between 0 and 1.
+
+    .. math:: m = \mathrm{sigmoid}(f_1(x) + \mathrm{logit}\, c), \qquad
+              y \sim \mathrm{Beta}(m r, (1 - m) r)
+
+    Parameters
+    ----------
+    targets : int
+    concentration : "predicted", "sampled" or float
+        r, as in `negative_binomial`.
+    level : float or sequence of float
+        c, the mean where the network puts out 0.
+    scale_prior : float
+
+    Returns
+    -------
+    Likelihood
+        The target is not standardised.
+
+    Raises
+    ------
+    InputError
+        No targets, a level outside (0, 1), or a concentration that is not positive.
+    """
+    at = _level(targets, level, 1.0)
+    offset = np.log(at) - np.log1p(-at)
+
+    def family(output, concentration):
+        mean = jax.nn.sigmoid(jnp.clip(output + offset, -MAX_LOGIT, MAX_LOGIT))
+        with numpyro.validation_enabled(False):
+            return dist.BetaProportion(mean, concentration, validate_args=False)
+
+    return _with_concentration(targets, concentration, scale_prior, family, "unit")
+
+
+def _with_concentration(
+    targets: int,
+    concentration: Scale,
+    scale_prior: float,
+    family: Callable[[jax.Array, jax.Array | float], dist.Distribution],
+    support: Support,
+) -> Likelihood:
+    _check_scale(concentration, scale_prior, "concentration")
+    most = MAX_LOG_CONCENTRATION
+
+    if concentration == "predicted":
 
         def predicted(params, outputs):
-            # Cut across rows as the networks compute them: outputs.T is what they hold.
             mean, raw = (part.T for part in jnp.split(outputs.T, 2))
-            sd = jax.nn.softplus(raw) + MIN_SCALE
-            return dist.Normal(mean, sd, validate_args=False).to_event(1)
+            return family(mean, jnp.exp(jnp.clip(raw, -most, most))).to_event(1)
 
-        return Likelihood(predicted, 2 * targets, _no_params, _no_prior, "regression")
+        return Likelihood(predicted, 2 * targets, _no_params, _no_prior, "regression", support)
 
-    if scale == "sampled":
+    if concentration == "sampled":
 
         def sampled(params, outputs):
-            sd = jnp.exp(params["log_scale"])
-            return dist.Normal(outputs, sd, validate_args=False).to_event(1)
+            # log_scale is that of 1 / sqrt(r).
+            raw = jnp.clip(-2 * params["log_scale"], -most, most)
+            return family(outputs, jnp.exp(raw)).to_event(1)
 
         def log_prior(params):
             eta = params["log_scale"]
@@ -121,12 +479,70 @@ def gaussian(
         def init():
             return {"log_scale": jnp.full((targets,), jnp.log(0.5))}
 
-        return Likelihood(sampled, targets, init, log_prior, "regression")
+        return Likelihood(sampled, targets, init, log_prior, "regression", support)
 
     def known(params, outputs):
-        return dist.Normal(outputs, scale, validate_args=False).to_event(1)
+        return family(outputs, concentration).to_event(1)
 
-    return Likelihood(known, targets, _no_params, _no_prior, "regression")
+    return Likelihood(known, targets, _no_params, _no_prior, "regression", support)
+
+
+def check_support(likelihood: Likelihood, y) -> None:
+    """Check that targets are such as the likelihood can have produced.
+
+    Parameters
+    ----------
+    likelihood : Likelihood
+    y : array (rows, targets)
+
+    Raises
+    ------
+    InputError
+        Counts that are negative or not whole, or shares outside (0, 1).
+    """
+    if likelihood.support == "real":
+        return
+    y = np.asarray(y)
+    if likelihood.support == "count":
+        wrong, expected = (y < 0) | (y != np.floor(y)), "whole numbers from 0"
+    else:
+        # As they are computed with: in float32, 1 - 1e-9 is 1.
+        single = y.astype(np.float32)
+        wrong, expected = (single <= 0) | (single >= 1), "numbers between 0 and 1, without these"
+    if wrong.any():
+        where = tuple(int(i) for i in np.argwhere(wrong)[0])
+        raise InputError(
+            f"y: found {y[where]} in row {where[0]} (and {int(wrong.sum()) - 1} more such), but "
+            f"the likelihood is for {expected}; the target must not be scaled, or take another "
+            "likelihood"
+        )
+
+
+def marginals(distribution: dist.Distribution) -> dist.Distribution | None:
+    """Return the targets' own distributions, batch shape ``(rows, targets)``.
+
+    None for a likelihood of the user's own that is joint over targets.
+    """
+    if isinstance(distribution, dist.Independent):
+        return distribution.base_dist
+    return None
+
+
+def cumulative(marginal: dist.Distribution, y: jax.Array) -> jax.Array:
+    r"""Return the cumulative distribution function at ``y``, of the marginal's shape.
+
+    Of counts :math:`P(Y \le y)`, 0 for y < 0.
+    """
+    if isinstance(marginal, dist.discrete.ZeroInflatedProbs):
+        counts = cumulative(marginal.base_dist, y)
+        return jnp.where(
+            y < 0, jnp.zeros_like(counts), marginal.gate + (1 - marginal.gate) * counts
+        )
+    if marginal.is_discrete:
+        # These functions are not defined below 0.
+        found = marginal.cdf(jnp.maximum(jnp.floor(y), 0.0))
+        return jnp.where(y < 0, found * 0, found)
+    return marginal.cdf(y)
 
 
 def categorical(classes: int) -> Likelihood:

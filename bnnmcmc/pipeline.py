@@ -54,7 +54,16 @@ from bnnmcmc.sampling import (
     run_blocks,
     start_chains,
 )
-from bnnmcmc.stopping import Stop, interruptible, locked
+from bnnmcmc.stopping import (
+    CALIBRATION_SECONDS,
+    PLANNED_SHARE,
+    TRAINING_SHARE,
+    WARMUP_SHARE,
+    Stop,
+    fewer_steps,
+    interruptible,
+    locked,
+)
 from bnnmcmc.targets import (
     Checks,
     check_target,
@@ -65,16 +74,8 @@ from bnnmcmc.targets import (
     target_of,
 )
 
-# Of a time budget, training gets this part of what is there for training and sampling, and a
-# warm-up that turns out longer than expected this part of what is left then (the second one for
-# one that was planned to fit).
-TRAINING_SHARE, WARMUP_SHARE, PLANNED_SHARE = 0.3, 0.7, 0.85
-# A plan for a time budget keeps at least so many warm-up steps and draws.
-MIN_PLANNED = 100
 # As long as another machine may take to see the run folder.
 FOLDER_SECONDS = 60.0
-# Speed is measured on at least this many seconds of compiled warm-up.
-CALIBRATION_SECONDS = 0.5
 
 
 @dataclass
@@ -893,15 +894,11 @@ def _plan(job: Job, step_seconds: float, sampler: Ahead, steps_done: int) -> dic
     """Return changes to the manifest, fewer steps and draws, if the planned ones do not fit."""
     warmup, draws, thin = (job.manifest[name] for name in ("warmup", "draws", "thin"))
     left = max(0.0, (job.stop.sampling_deadline or 0.0) - time.monotonic())
-    if (warmup - steps_done + draws * thin) * step_seconds <= left:
+    cold = sampler.cold_seconds
+    planned = fewer_steps(warmup, draws, thin, step_seconds, steps_done, left, cold)
+    if planned is None:
         return None
-    # Programs for other numbers of steps compile; and 0.7, for blocks are saved too.
-    left = max(0.0, left - sampler.cold_seconds())
-    share = 0.7 * left / ((warmup + draws * thin) * step_seconds)
-    fewer = {
-        "warmup": min(warmup, max(MIN_PLANNED, int(warmup * share))),
-        "draws": min(draws, max(MIN_PLANNED, int(draws * share))),
-    }
+    fewer = dict(zip(("warmup", "draws"), planned, strict=True))
     note = (
         f"planned for the time budget: {fewer['warmup']} of {warmup} warm-up steps and "
         f"{fewer['draws']} of {draws} draws per chain"

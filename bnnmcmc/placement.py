@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -121,6 +122,13 @@ def use_all_cores(cores: int | None = None) -> None:
     """
     count = cores or len(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else [0])
     jax.config.update("jax_num_cpu_devices", count)
+
+
+def use_cores_if_new() -> None:
+    """Make every CPU core a JAX device, unless JAX is in use already or was told how many."""
+    if jax.config.jax_num_cpu_devices == -1:
+        with suppress(RuntimeError):
+            use_all_cores()
 
 
 def use_gpus(indices: list[int]) -> None:

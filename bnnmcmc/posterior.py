@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from bnnmcmc import trees
 from bnnmcmc.errors import InputError
-from bnnmcmc.likelihoods import Likelihood
+from bnnmcmc.likelihoods import Likelihood, check_support
 from bnnmcmc.models.network import Network
 from bnnmcmc.priors import Prior
 
@@ -69,6 +69,8 @@ class Posterior:
         """
         dtype = jnp.result_type(float)
         x = jnp.asarray(x, dtype)
+        if not isinstance(y, jax.core.Tracer):
+            check_support(self.likelihood, y)
         y = jnp.asarray(y, dtype if self.likelihood.task == "regression" else jnp.int32)
         check_outputs(self, x, y)
         return x, y
@@ -115,19 +117,39 @@ class Posterior:
         """Return the log-likelihood of every row, ``(rows,)``."""
         return self.distribution(position, x).log_prob(y)
 
-    def log_likelihood(self, position: Any, x: jax.Array, y: jax.Array) -> jax.Array:
-        """Return the log-likelihood summed over rows (scalar)."""
+    def log_likelihood(
+        self, position: Any, x: jax.Array, y: jax.Array, weights: jax.Array | None = None
+    ) -> jax.Array:
+        r"""Return the log-likelihood summed over rows (scalar).
 
-        def of_rows(position, x, y):
-            return self.pointwise_log_likelihood(position, x, y).sum()
+        .. math:: \sum_i w_i \log p(y_i \mid f_\theta(x_i), \phi)
 
+        A row of weight 2 counts as two equal rows, one of weight 0 as none. Weights are not
+        normalised: their sum is the number of observations that the rows stand for.
+
+        Parameters
+        ----------
+        position : pytree
+        x : array (rows, features)
+        y : array (rows, targets) or (rows,)
+        weights : array (rows,), optional
+            All 1 if not given.
+        """
+
+        def of_rows(position, x, y, *weights):
+            each = self.pointwise_log_likelihood(position, x, y)
+            return (weights[0] * each if weights else each).sum()
+
+        rows = (x, y) if weights is None else (x, y, weights)
         if self.row_chunk is None or x.shape[0] <= self.row_chunk:
-            return of_rows(position, x, y)
-        return sum_over_rows(of_rows, self.row_chunk)(position, x, y)
+            return of_rows(position, *rows)
+        return sum_over_rows(of_rows, self.row_chunk)(position, *rows)
 
-    def log_density(self, position: Any, x: jax.Array, y: jax.Array) -> jax.Array:
+    def log_density(
+        self, position: Any, x: jax.Array, y: jax.Array, weights: jax.Array | None = None
+    ) -> jax.Array:
         """Return the unnormalised log posterior density (scalar)."""
-        return self.log_prior(position) + self.log_likelihood(position, x, y)
+        return self.log_prior(position) + self.log_likelihood(position, x, y, weights)
 
 
 def sum_over_rows(of_rows: Callable[..., jax.Array], chunk: int) -> Callable[..., jax.Array]:
@@ -143,40 +165,42 @@ def sum_over_rows(of_rows: Callable[..., jax.Array], chunk: int) -> Callable[...
     Parameters
     ----------
     of_rows : callable
-        ``of_rows(position, x, y) -> scalar``, a sum over the rows of ``x`` and ``y``.
+        ``of_rows(position, *rows) -> scalar``, a sum over the rows of arrays such as x and y.
     chunk : int
         Rows in a chunk, at most as many as there are.
 
     Returns
     -------
     callable
-        ``f(position, x, y)``; reverse-mode differentiable in the position (and a gradient once
-        more in either mode), constant in ``x`` and ``y``.
+        ``f(position, *rows)``; reverse-mode differentiable in the position (and a gradient once
+        more in either mode), constant in the rows.
     """
 
-    def over_chunks(function, position, x, y):
-        whole = x.shape[0] // chunk
-        rest = (x[whole * chunk :], y[whole * chunk :])
-        chunks = [a[: whole * chunk].reshape(whole, chunk, *a.shape[1:]) for a in (x, y)]
+    def over_chunks(function, position, *rows):
+        whole = rows[0].shape[0] // chunk
+        rest = [a[whole * chunk :] for a in rows]
+        chunks = [a[: whole * chunk].reshape(whole, chunk, *a.shape[1:]) for a in rows]
         shapes = jax.eval_shape(function, position, *(a[0] for a in chunks))
         start = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
         if len(rest[0]):
             start = function(position, *rest)
 
-        def add(total, rows):
-            return jax.tree.map(jnp.add, total, function(position, *rows)), None
+        def add(total, some):
+            return jax.tree.map(jnp.add, total, function(position, *some)), None
 
         return jax.lax.scan(add, start, tuple(chunks))[0]
 
     @jax.custom_vjp
-    def total(position, x, y):
-        return over_chunks(of_rows, position, x, y)
+    def total(position, *rows):
+        return over_chunks(of_rows, position, *rows)
 
-    def forward(position, x, y):
-        return over_chunks(jax.value_and_grad(of_rows), position, x, y)
+    def forward(position, *rows):
+        value, gradient = over_chunks(jax.value_and_grad(of_rows), position, *rows)
+        return value, (gradient, (None,) * len(rows))
 
-    def backward(gradient, cotangent):
-        return jax.tree.map(lambda leaf: cotangent * leaf, gradient), None, None
+    def backward(kept, cotangent):
+        gradient, constant = kept
+        return jax.tree.map(lambda leaf: cotangent * leaf, gradient), *constant
 
     total.defvjp(forward, backward)
     return total

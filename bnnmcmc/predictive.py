@@ -5,7 +5,7 @@ Draws come in blocks, rows in chunks: memory is set by their sizes, not by how m
 
 import functools
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -22,6 +22,8 @@ from bnnmcmc.placement import Placement, gather, over_chains, place, replicate, 
 BATCH = 512
 MAX_SAMPLES = 10_000
 MIN_SAMPLES = 2_000
+# Rows are filled up to a multiple of this.
+ROW_STEP = 32
 CHUNK_BYTES = 256 * 2**20
 
 
@@ -36,12 +38,44 @@ class Draws(NamedTuple):
         How many.
     blocks : callable
         ``blocks()`` iterates over NumPy arrays (chain, count, size) in order.
+    weights : numpy array (chain,), optional
+        What each chain counts in a pool, adding up to one; all the same if not given.
     """
 
     layout: trees.Layout
     chains: int
     draws: int
     blocks: Callable[[], Iterable[np.ndarray]]
+    weights: np.ndarray | None = None
+
+    @property
+    def shares(self) -> np.ndarray:
+        """What one draw of each chain counts in a pool, (chain,); all draws together count one."""
+        if self.weights is None:
+            return np.full(self.chains, 1 / (self.chains * self.draws))
+        return np.asarray(self.weights, np.float64) / self.draws
+
+
+class Components(NamedTuple):
+    """All that is needed to compute the mixture that pools draws, for some rows.
+
+    Parameters
+    ----------
+    posterior : Posterior
+    draws : Draws
+    x : numpy array (rows, features)
+        As the network sees them.
+    seed : int
+        For samples.
+    first_row : int
+        The number of the first row.
+    """
+
+    posterior: Any
+    draws: Draws
+    x: np.ndarray
+    seed: int = 0
+    first_row: int = 0
 
 
 def draws_in_memory(tree: Any) -> Draws:
@@ -64,9 +98,14 @@ class Pooled:
     epistemic : numpy array (rows, targets) or None
         Variance over draws of the draws' means; the rest of ``variance`` is noise.
     samples : numpy array (samples, rows, targets) or None
-        Draws from the mixture (regression), by posterior draw, then chain: as many from each.
+        Draws from the mixture (regression), by posterior draw, then chain: as many from each, or
+        in proportion to its weight, the largest of which keeps all.
     probabilities : numpy array (rows, classes) or None
         Pooled class probabilities (classification).
+    expected_entropy : numpy array (rows,) or None
+        Mean over draws of the entropy of a draw's class probabilities, in nats.
+    components : Components or None
+        What the mixture is made of, to compute more of it (see `bnnmcmc.mixture`).
     """
 
     log_density: np.ndarray | None
@@ -75,6 +114,8 @@ class Pooled:
     epistemic: np.ndarray | None
     samples: np.ndarray | None
     probabilities: np.ndarray | None
+    expected_entropy: np.ndarray | None = None
+    components: Components | None = None
 
 
 def _batches(draws: Draws, size: int | None = None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -120,7 +161,65 @@ def thinned(draws: Draws, every: int) -> Draws:
     return draws._replace(draws=-(-draws.draws // every), blocks=blocks)
 
 
-def pool(posterior, draws: Draws, x, y=None, *, seed: int = 0, first_row: int = 0) -> Pooled:
+def thinned_to(draws: Draws, count: int) -> Draws:
+    """Keep about so many draws of all chains together: evenly spaced, as many of each chain.
+
+    Every m-th draw of each chain from its first, with the smallest m that leaves no more than
+    ``count``; but one of each chain at least.
+    """
+    if count < 1:
+        raise InputError(f"draws: found {count}, expected at least 1")
+    return thinned(draws, -(-draws.draws // max(1, count // draws.chains)))
+
+
+def chain_log_densities(posterior, draws: Draws, x, y) -> np.ndarray:
+    r"""Return each chain's own log predictive density, pooled over its draws.
+
+    .. math:: \log \frac1S \sum_s p(y_i \mid x_i, \theta_{ks})
+
+    Parameters
+    ----------
+    posterior : Posterior
+    draws : Draws
+    x : array (rows, features)
+    y : array (rows, targets) or (rows,)
+
+    Returns
+    -------
+    numpy array (chain, rows), float64
+
+    Raises
+    ------
+    InputError
+        As `pool`.
+    """
+    _check_rows(posterior, x, y)
+    width, found = posterior.likelihood.num_outputs, []
+    chunk = max(1, CHUNK_BYTES // (8 * BATCH * width))
+    evaluator = _density_evaluator(posterior, draws.layout, _batch_size(draws))
+    for low in range(0, len(x), chunk):
+        here = slice(low, low + chunk)
+        _, *shared = _shared(
+            posterior, evaluator.placement, np.arange(len(x[here])), x[here], y[here]
+        )
+        total = np.full((draws.chains, len(x[here])), -np.inf)
+        for numbers, flat in _batches(draws):
+            each = evaluator.evaluate(numbers, flat, *shared)["log_density"].astype(np.float64)
+            np.logaddexp.at(total, numbers % draws.chains, each)
+        found.append(total - np.log(draws.draws))
+    return np.concatenate(found, axis=1)
+
+
+def pool(
+    posterior,
+    draws: Draws,
+    x,
+    y=None,
+    *,
+    seed: int = 0,
+    first_row: int = 0,
+    samples: bool = True,
+) -> Pooled:
     """Pool the predictive distributions of all draws.
 
     Parameters
@@ -135,6 +234,8 @@ def pool(posterior, draws: Draws, x, y=None, *, seed: int = 0, first_row: int = 
     first_row : int
         The number of the first row, if ``x`` is a part of a longer table: predictive samples are
         then those of the whole table.
+    samples : bool
+        Draw predictive samples. They take up to 40 kB per row and target.
 
     Returns
     -------
@@ -153,7 +254,7 @@ def pool(posterior, draws: Draws, x, y=None, *, seed: int = 0, first_row: int = 
     total = draws.chains * draws.draws
     # Every so many draws of each chain: a stride over all draws could miss whole chains.
     every = -(-draws.draws // max(1, MAX_SAMPLES // draws.chains))
-    per_draw = -(-MIN_SAMPLES // total)
+    per_draw = -(-MIN_SAMPLES // total) if samples else 0
     kept = draws.chains * -(-draws.draws // every) * per_draw
     width = posterior.likelihood.num_outputs
     chunk = max(1, CHUNK_BYTES // (8 * max(kept, BATCH) * width))
@@ -163,11 +264,16 @@ def pool(posterior, draws: Draws, x, y=None, *, seed: int = 0, first_row: int = 
     for low in range(0, len(x), chunk):
         here = slice(low, low + chunk)
         rows = first_row + np.arange(len(x))[here]
+        # A few more rows, so that tables of nearly equal length share a compilation.
+        filled = _filled(len(rows), chunk)
+        some = [rows, x[here], *([] if y is None else [y[here]])]
         shared = _shared(
-            posterior, evaluator.placement, rows, x[here], None if y is None else y[here]
+            posterior, evaluator.placement, *(fill_rows(part, filled) for part in some)
         )
-        parts.append(_pool_rows(draws, evaluator, every, key, shared))
-    return _join(parts)
+        found = _pool_rows(draws, evaluator, every, key, shared)
+        parts.append(_first_rows(found, len(rows)))
+    components = Components(posterior, draws, np.asarray(x), seed, first_row)
+    return replace(_join(parts), components=components)
 
 
 def _check_rows(posterior, x, y) -> None:
@@ -209,7 +315,10 @@ def _evaluator(posterior, of: trees.Layout, per_draw: int, scored: bool, batch: 
         def sample_row(row, output):
             # A key per row, so that a sample does not depend on which rows share a call.
             alone = likelihood.distribution(position["likelihood"], output[None])
-            return alone.sample(jax.random.fold_in(draw_key, row), (per_draw,))[:, 0]
+            samples = alone.sample(jax.random.fold_in(draw_key, row), (per_draw,))[:, 0]
+            # What is drawn from counts with a rate that is no number would be a number.
+            counts = jnp.issubdtype(samples.dtype, jnp.integer)
+            return jnp.where(jnp.isnan(alone.mean[0]), jnp.nan, samples) if counts else samples
 
         result = {}
         if scored:
@@ -219,7 +328,8 @@ def _evaluator(posterior, of: trees.Layout, per_draw: int, scored: bool, batch: 
         else:
             result["mean"] = distribution.mean
             result["variance"] = distribution.variance
-            result["samples"] = jax.vmap(sample_row, out_axes=1)(rows, outputs)
+            if per_draw:
+                result["samples"] = jax.vmap(sample_row, out_axes=1)(rows, outputs)
         return result
 
     compiled = over_chains(one, placement)
@@ -237,7 +347,30 @@ def _evaluator(posterior, of: trees.Layout, per_draw: int, scored: bool, batch: 
     return _Evaluator(placement, evaluate)
 
 
-def _shared(posterior, placement: Placement, rows: np.ndarray, x, y) -> tuple:
+def _filled(rows: int, most: int) -> int:
+    """Return how many rows go into a call that has so many to evaluate."""
+    return min(most, -(-rows // ROW_STEP) * ROW_STEP)
+
+
+def fill_rows(values: Any, rows: int) -> Any:
+    """Return an array with its last row repeated until there are so many rows."""
+    values = np.asarray(values)
+    return np.concatenate([values, np.repeat(values[-1:], rows - len(values), axis=0)])
+
+
+def _first_rows(pooled: Pooled, rows: int) -> Pooled:
+    """Cut off the rows that filled up a call."""
+
+    def cut(name: str) -> Any:
+        value = getattr(pooled, name)
+        return None if value is None else value[:rows]
+
+    samples = None if pooled.samples is None else pooled.samples[:, :rows]
+    names = ("log_density", "mean", "variance", "epistemic", "probabilities", "expected_entropy")
+    return replace(pooled, **{name: cut(name) for name in names}, samples=samples)
+
+
+def _shared(posterior, placement: Placement, rows: np.ndarray, x, y=None) -> tuple:
     """Put some rows, and their numbers, on the devices (a zero where there are no targets)."""
     dtype = jnp.result_type(float)
     target = jnp.int32 if posterior.likelihood.task == "classification" else dtype
@@ -246,53 +379,84 @@ def _shared(posterior, placement: Placement, rows: np.ndarray, x, y) -> tuple:
 
 
 def _pool_rows(draws: Draws, evaluator: _Evaluator, every: int, key, shared: tuple) -> Pooled:
-    total = draws.chains * draws.draws
-    log_sum: Any = None
+    shares = draws.shares
+    log_density: Any = None
     sums: dict[str, Any] = {}
     samples: Any = None
     for numbers, flat in _batches(draws):
         found = evaluator.evaluate(numbers, flat, key, *shared)
+        draw, chain = np.divmod(numbers, draws.chains)
+        share = shares[chain]
         # float64 on the host: sums over many draws lose nothing. A NaN or an infinity in a draw
         # shall show in the result, not in a warning.
-        with np.errstate(invalid="ignore", over="ignore"):
+        with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
             if "log_density" in found:
-                batch = np.logaddexp.reduce(found["log_density"].astype(np.float64), axis=0)
-                log_sum = batch if log_sum is None else np.logaddexp(log_sum, batch)
+                each = found["log_density"].astype(np.float64) + np.log(share)[:, None]
+                batch = np.logaddexp.reduce(each, axis=0)
+                log_density = batch if log_density is None else np.logaddexp(log_density, batch)
             if "probabilities" in found:
-                _add(sums, "probabilities", found["probabilities"].astype(np.float64).sum(axis=0))
+                p = found["probabilities"].astype(np.float64)
+                _add(sums, "probabilities", np.tensordot(share, p, axes=1))
+                _add(sums, "entropy", np.tensordot(share, entropy(p), axes=1))
                 continue
             mean = found["mean"].astype(np.float64)
-            _add(sums, "mean", mean.sum(axis=0))
-            _add(sums, "variance", found["variance"].astype(np.float64).sum(axis=0))
-            _add_squares(sums, mean)
+            _add(sums, "variance", np.tensordot(share, found["variance"].astype(float), axes=1))
+            _add_squares(sums, mean, share)
+        if "samples" not in found:
+            continue
         if samples is None:
             slots = draws.chains * -(-draws.draws // every)
             samples = np.empty((slots, *found["samples"].shape[1:]), found["samples"].dtype)
-        draw, chain = np.divmod(numbers, draws.chains)
         chosen = draw % every == 0
         samples[draw[chosen] // every * draws.chains + chain[chosen]] = found["samples"][chosen]
-    log_density = None if log_sum is None else log_sum - np.log(total)
     if "probabilities" in sums:
-        return Pooled(log_density, None, None, None, None, sums["probabilities"] / total)
-    epistemic = sums["squares"] / total
+        return Pooled(log_density, None, None, None, None, sums["probabilities"], sums["entropy"])
+    epistemic = sums["squares"] / sums["n"]
+    if samples is not None and draws.weights is not None:
+        samples = samples[_slots_by_weight(draws, len(samples))]
     return Pooled(
         log_density,
-        sums["mean"] / total,
-        sums["variance"] / total + epistemic,
+        sums["centre"],
+        sums["variance"] + epistemic,
         epistemic,
-        samples.reshape(-1, *samples.shape[2:]),
+        None if samples is None else samples.reshape(-1, *samples.shape[2:]),
         None,
     )
+
+
+def entropy(probabilities: np.ndarray) -> np.ndarray:
+    r"""Return the entropy :math:`-\sum_c p_c \log p_c` over the last axis, in nats."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        logs = np.where(probabilities == 0, 0.0, np.log(probabilities))
+    return -(probabilities * logs).sum(axis=-1)
+
+
+def _slots_by_weight(draws: Draws, slots: int) -> np.ndarray:
+    """Return which of the kept samples stay, so that chains have them in proportion to weights."""
+    assert draws.weights is not None
+    each = slots // draws.chains
+    kept = []
+    for chain, weight in enumerate(draws.weights / np.max(draws.weights)):
+        count = round(each * weight)
+        # Evenly spaced over the chain.
+        kept.append((np.arange(count) * each // max(count, 1)) * draws.chains + chain)
+    return np.sort(np.concatenate(kept))
 
 
 def _add(sums: dict, name: str, value) -> None:
     sums[name] = sums[name] + value if name in sums else value
 
 
-def _add_squares(sums: dict, mean: np.ndarray) -> None:
-    """Merge squared deviations of a batch (Chan et al. 1983): no cancellation at large means."""
-    n, centre = len(mean), mean.mean(axis=0)
-    squares = np.square(mean - centre).sum(axis=0)
+def _add_squares(sums: dict, mean: np.ndarray, share: np.ndarray) -> None:
+    """Merge weighted squared deviations of a batch: no cancellation at large means.
+
+    As Chan et al. (1983), with weights in the place of counts.
+    """
+    n = share.sum()
+    if n == 0:  # draws of chains that count nothing
+        return
+    centre = np.tensordot(share, mean, axes=1) / n
+    squares = np.tensordot(share, np.square(mean - centre), axes=1)
     if "squares" not in sums:
         sums.update(n=n, centre=centre, squares=squares)
         return
@@ -317,6 +481,7 @@ def _join(parts: list[Pooled]) -> Pooled:
         join("epistemic"),
         join("samples", axis=1),
         join("probabilities"),
+        join("expected_entropy"),
     )
 
 
@@ -365,3 +530,70 @@ def per_draw(
                 result[name] = np.empty(shape, value.dtype)
             result[name][chain, draw] = value
     return result
+
+
+def network_outputs(components: Components, rows: slice) -> tuple[Any, np.ndarray]:
+    """Return what every single draw's network puts out for some rows.
+
+    Parameters
+    ----------
+    components : Components
+    rows : slice
+        Of ``components.x``. Memory grows with draws times rows.
+
+    Returns
+    -------
+    params : pytree
+        The likelihood's own parameters, leaves (draws, *leaf).
+    outputs : numpy array (draws, rows, outputs)
+        Draws are in the order of their numbers, ``draw * chains + chain``.
+    """
+    posterior, draws = components.posterior, components.draws
+    batch = _batch_size(draws)
+    evaluator = _output_evaluator(posterior, draws.layout, batch)
+    x = jnp.asarray(components.x[rows], jnp.result_type(float))
+    (x,) = replicate((x,), evaluator.placement)
+    outputs, params = None, []
+    for numbers, flat in _batches(draws):
+        found = evaluator.evaluate(numbers, flat, x)["outputs"]
+        if outputs is None:
+            outputs = np.empty((draws.chains * draws.draws, *found.shape[1:]), found.dtype)
+        outputs[numbers] = found
+        own = trees.unflatten(flat, draws.layout)["likelihood"]
+        params.append(jax.tree.map(np.array, own))  # copies: views would keep all weights
+    assert outputs is not None
+    return jax.tree.map(lambda *leaves: np.concatenate(leaves), *params), outputs
+
+
+@functools.lru_cache(maxsize=16)
+def _output_evaluator(posterior, of: trees.Layout, batch: int) -> _Evaluator:
+    """Compile the network's outputs of a batch of draws on rows, spread over the devices."""
+
+    def one(position, x):
+        return {"outputs": posterior.network.apply(posterior.network_params(position), x)}
+
+    return _of_positions(one, of, batch)
+
+
+@functools.lru_cache(maxsize=16)
+def _density_evaluator(posterior, of: trees.Layout, batch: int) -> _Evaluator:
+    """Compile the log-likelihoods of rows under a batch of draws, spread over the devices."""
+
+    def one(position, x, y):
+        return {"log_density": posterior.pointwise_log_likelihood(position, x, y)}
+
+    return _of_positions(one, of, batch)
+
+
+def _of_positions(one: Callable[..., Any], of: trees.Layout, batch: int) -> _Evaluator:
+    """Compile ``one(position, *shared)`` for batches of flat positions."""
+    unravel = trees.unraveler(trees.unflatten(jnp.zeros((of.size,)), of))
+    placement = place(batch)
+    compiled = over_chains(lambda flat, *shared: one(unravel(flat), *shared), placement)
+
+    def evaluate(numbers, flat, *shared):
+        padded = np.concatenate([flat, np.repeat(flat[-1:], batch - len(numbers), axis=0)])
+        found = gather(compiled(spread(padded, placement), *shared), placement)
+        return {name: value[: len(numbers)] for name, value in found.items()}
+
+    return _Evaluator(placement, evaluate)

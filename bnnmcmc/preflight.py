@@ -74,6 +74,11 @@ def check_model(
     """
     target = Target(**config.stop.model_dump())
     check_target(target, rows=config.sampler.rows, validation=len(dataset.validation))
+    if config.pool.weights != "equal" and not len(dataset.validation):
+        raise InputError(
+            f'pool.weights: "{config.pool.weights}" is fitted on the validation rows, but there '
+            "are none; set data.split.validation, or take equal weights"
+        )
     posterior = build.make_posterior(config, dataset.encoding)
     if folder is not None:
         check_disk(folder, position_layout(posterior), config.ensemble.members, draws)

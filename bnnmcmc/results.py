@@ -9,6 +9,7 @@ import numpy as np
 
 from bnnmcmc import diagnostics, store
 from bnnmcmc.data import target_to_units
+from bnnmcmc.pooling import effective_chains
 from bnnmcmc.prediction import in_target_units
 from bnnmcmc.predictive import draws_in_memory, pool, thinned
 from bnnmcmc.run import Run, open_inputs, scores
@@ -116,10 +117,19 @@ def _write_scores(run: Run, folder: Path) -> None:
         name: pool(run.posterior, draws, x, y, seed=run.seed) for name, draws in sources.items()
     }
     both = {name: scores(pooled, y, encoding) for name, pooled in found.items()}
+    errors = scores(found["posterior"], y, encoding, errors=True)
     result: dict[str, Any] = {"test": {n: s["standardised"] for n, s in both.items()}}
     if encoding.task == "regression":
         result["test_target_units"] = {name: s["target"] for name, s in both.items()}
     result |= {"rows": len(x), "best_member": best, "pooled_chains": run.pooled_chains}
+    result["standard_errors"] = {"standardised": errors["standardised"], "target": errors["target"]}
+    if run.pooled_chains:
+        result["pool"] = {
+            "weights": run.pooling,
+            "of_chains": run.weights.tolist(),
+            "effective_chains": effective_chains(run.weights),
+            "draws": run.pooled_draws.chains * run.pooled_draws.draws,
+        }
     store.write_json(folder / "metrics.json", result)
     prediction = in_target_units(found["posterior"], encoding)
     arrays: dict[str, Any] = {"row": dataset.test}

@@ -1,11 +1,12 @@
 """A run: the draws of a posterior with all that is needed to use them."""
 
+import functools
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -18,18 +19,30 @@ from bnnmcmc.config import Config, read_config
 from bnnmcmc.data import (
     Dataset,
     Encoding,
-    Table,
+    as_table,
     encode_features,
     encode_targets,
     fingerprint,
     load_dataset,
-    table_from_arrays,
     target_to_units,
 )
 from bnnmcmc.errors import InputError
+from bnnmcmc.mixture import Mixture
+from bnnmcmc.pooling import Weighting, chain_weights
 from bnnmcmc.posterior import Posterior, activation_bytes, chain_starts, position_shapes
 from bnnmcmc.prediction import Prediction, in_target_units
-from bnnmcmc.predictive import BATCH, Draws, Pooled, draws_in_memory, per_draw, pool, thinned
+from bnnmcmc.predictive import (
+    BATCH,
+    Draws,
+    Pooled,
+    chain_log_densities,
+    draws_in_memory,
+    per_draw,
+    pool,
+    thinned,
+    thinned_to,
+)
+from bnnmcmc.recalibration import Conformal, Correction, Temperature, fit_correction
 from bnnmcmc.samplers.kernel import RowDensity
 from bnnmcmc.samplers.table import kernel_named
 from bnnmcmc.sampling import sample_density
@@ -45,6 +58,8 @@ from bnnmcmc.targets import (
 # The ArviZ tree is thinned to about this size: its log-likelihoods grow with rows x draws.
 ARVIZ_BYTES = 64 * 2**20
 MAX_FUNCTION_ROWS = 50
+# Predictions of more rows come without samples.
+MAX_SAMPLED_ROWS = 5000
 NO_TARGET = Target()
 # Stored draws are handed on in pieces of about this size, however large the stored blocks are.
 PIECE_BYTES = 8 * 2**20
@@ -86,6 +101,17 @@ class Run:
     stopped : mapping
         Chain -> after how many draws it was stopped, because it failed repeatedly
         (`health.look`). What comes after that is NaN (0 in statistics of whole numbers).
+    pooling : "equal", "stacking" or "pseudo_bma"
+        What chains count in the pool (`weighted`).
+    held_out : tuple of arrays, optional
+        Inputs and targets, as the network sees them, that weights are fitted on; the validation
+        part if not given.
+    pool_size : int
+        Predict with about so many draws (see `predictive.thinned_to`); 0 for all.
+    correction : Conformal or Temperature, optional
+        Corrects intervals or class probabilities of predictions (`calibrated`).
+    described : dict, optional
+        The config's [model] and [likelihood], by which `save` describes the network.
 
     Examples
     --------
@@ -108,6 +134,11 @@ class Run:
     target: Target = NO_TARGET
     checks: tuple[dict[str, Any], ...] = ()
     stopped: Mapping[int, int] = MappingProxyType({})
+    pooling: Weighting = "equal"
+    held_out: tuple[Any, Any] | None = None
+    pool_size: int = 0
+    correction: Conformal | Temperature | None = None
+    described: dict[str, Any] | None = None
 
     @property
     def encoding(self) -> Encoding | None:
@@ -127,11 +158,126 @@ class Run:
             raise InputError(
                 "every chain is non-finite or was stopped: there is nothing to predict with"
             )
+        draws = self._chosen_draws(chains)
+        if self.pooling != "equal":
+            draws = draws._replace(weights=self.weights[chains])
+        return thinned_to(draws, self.pool_size) if self.pool_size else draws
+
+    def _chosen_draws(self, chains: list[int]) -> Draws:
         if len(chains) == self.draws.chains:
             return self.draws
         return self.draws._replace(
             chains=len(chains), blocks=lambda: (b[chains] for b in self.draws.blocks())
         )
+
+    @functools.cached_property
+    def weights(self) -> np.ndarray:
+        """What each chain counts in the pool, (chain,); 0 for those that do not enter it.
+
+        Raises
+        ------
+        InputError
+            They are to be fitted, but there are no held-out rows, or the posterior conditions on
+            them.
+        """
+        chains = self.pooled_chains
+        weights = np.zeros(self.draws.chains)
+        if self.pooling == "equal":
+            weights[chains] = 1 / len(chains)
+            return weights
+        x, y = self._held_out_rows(self.pooling) if self.held_out is None else self.held_out
+        scored = chain_log_densities(self.posterior, self._chosen_draws(chains), x, y)
+        weights[chains] = chain_weights(self.pooling, scored, self.seed)
+        return weights
+
+    def _held_out_rows(self, what: str) -> tuple[np.ndarray, np.ndarray]:
+        dataset = self.dataset
+        if dataset is None or not len(dataset.validation):
+            raise InputError(
+                f"{what}: it is fitted on validation rows, but the run has none; give rows, and "
+                "their targets, that the posterior does not condition on"
+            )
+        if len(self.x) != len(dataset.train):
+            raise InputError(
+                f"{what}: it is fitted on the validation rows, but the posterior conditions on "
+                'them; sample with sampler.rows = "train"'
+            )
+        return dataset.x[dataset.validation], dataset.y[dataset.validation]
+
+    def weighted(self, pooling: Weighting, rows: Any = None, y: Any = None) -> "Run":
+        """Return the run with other weights of chains in its pool.
+
+        Parameters
+        ----------
+        pooling : "equal", "stacking" or "pseudo_bma"
+            By the chains' log scores on held-out rows (see `bnnmcmc.pooling`).
+        rows : DataFrame, Table or array (rows, features), optional
+            Rows that the chains have not seen, and that are not those of the test; the validation
+            part if not given.
+        y : array, optional
+            Targets of ``rows``, if they are not among its columns.
+
+        Returns
+        -------
+        Run
+            Weights are fitted when they are first needed (``run.weights``).
+
+        Raises
+        ------
+        InputError
+            An unknown word, or no held-out rows.
+        """
+        if pooling not in get_args(Weighting):
+            raise InputError(
+                f"pooling: found {pooling!r}, expected one of {', '.join(get_args(Weighting))}"
+            )
+        held_out = None
+        if rows is not None:
+            x, target = self._encode(rows, y)
+            if target is None:
+                raise InputError("weighted: the rows have no target column; give y")
+            held_out = (x, target)
+        chosen = replace(self, pooling=pooling, held_out=held_out)
+        if pooling != "equal" and held_out is None:
+            chosen._held_out_rows(pooling)
+        return chosen
+
+    def calibrated(self, method: Correction, rows: Any = None, y: Any = None) -> "Run":
+        """Return the run with predictions corrected on held-out rows, and marked as such.
+
+        Parameters
+        ----------
+        method : "split", "cqr" or "temperature"
+            Conformal intervals, conformalised quantile intervals, or a temperature for classes
+            (see `bnnmcmc.recalibration`).
+        rows, y
+            As in `weighted`: the validation part if not given, never the test part.
+
+        Returns
+        -------
+        Run
+
+        Raises
+        ------
+        InputError
+            No held-out rows, rows the posterior conditions on, or a method that does not go with
+            the target.
+        """
+        own = replace(self, correction=None)
+        if rows is None:
+            x, target = self._held_out_rows(method)
+        else:
+            x, target = self._encode(rows, y)
+            if target is None:
+                raise InputError("calibrated: the rows have no target column; give y")
+        pooled = pool(self.posterior, own.pooled_draws, x, seed=self.seed, samples=False)
+        prediction, encoding = in_target_units(pooled, self.encoding), self.encoding
+        observed = np.asarray(target)
+        if prediction.classes is not None:
+            observed = np.array(prediction.classes, dtype=object)[observed]
+        elif encoding is not None:
+            observed = target_to_units(encoding, observed)
+        return replace(self, correction=fit_correction(method, prediction, observed))
 
     @staticmethod
     def open(folder: str | Path) -> "Run":
@@ -185,6 +331,9 @@ class Run:
             target,
             tuple(checks),
             stopped,
+            config.pool.weights,
+            pool_size=config.pool.draws,
+            described=describe(config),
         )
 
     def __repr__(self) -> str:
@@ -200,7 +349,7 @@ class Run:
         flat = np.concatenate(list(self.draws.blocks()), axis=1)
         return trees.unflatten(flat, self.draws.layout)
 
-    def predict(self, rows: Any) -> Prediction:
+    def predict(self, rows: Any, *, samples: bool | None = None) -> Prediction:
         """Predict new rows with all pooled draws.
 
         Parameters
@@ -208,19 +357,57 @@ class Run:
         rows : DataFrame, Table or array (rows, features)
             In the table's own units and labels if the run has an encoding (columns are matched
             by name where there are names); else as the network sees them.
+        samples : bool, optional
+            Whether to fill ``Prediction.samples``, which takes most of the time; only for up to
+            5000 rows if not given.
 
         Returns
         -------
         Prediction
-            In target units.
+            In target units. Samples take up to 40 kB per row; ``sample(n)`` draws n of them.
 
         Raises
         ------
         InputError
             Rows that cannot be encoded: the message names column and row.
         """
-        pooled = pool(self.posterior, self.pooled_draws, self._encode(rows)[0], seed=self.seed)
-        return in_target_units(pooled, self.encoding)
+        x, draws = self._encode(rows)[0], self.pooled_draws
+        drawn = len(x) <= MAX_SAMPLED_ROWS if samples is None else samples
+        pooled = pool(self.posterior, draws, x, seed=self.seed, samples=drawn)
+        prediction = in_target_units(pooled, self.encoding)
+        return prediction if self.correction is None else self.correction.correct(prediction)
+
+    def save(
+        self,
+        file: str | Path,
+        draws: int | None = 1000,
+        *,
+        model: Mapping[str, Any] | None = None,
+        likelihood: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Write a compact predictor, all in one file and without code (see `bnnmcmc.predictor`).
+
+        Parameters
+        ----------
+        file : path
+            Written anew if it is there.
+        draws : int, optional
+            About so many draws are kept, as many of each pooled chain, evenly spaced; all if None.
+        model, likelihood : dict, optional
+            How to build network and likelihood again, as in a config's [model] and [likelihood]:
+            ``{"hidden": [16, 16], "activation": "silu"}`` and ``{"kind": "gaussian"}``. Needed for
+            runs that were made of functions in Python.
+
+        Raises
+        ------
+        InputError
+            The network or the likelihood is not described, or the description gives another one.
+        """
+        from bnnmcmc.predictor import save
+
+        given = {"model": model, "likelihood": likelihood}
+        given = {name: dict(part) for name, part in given.items() if part is not None}
+        save(file, self, {**(self.described or {}), **given}, draws)
 
     def score(
         self,
@@ -414,18 +601,7 @@ class Run:
             if target is not None and self.posterior.likelihood.task == "regression":
                 target = target.reshape(len(x), -1)
             return x, target
-        table = rows
-        if not isinstance(rows, Table):
-            names = [target.name for target in encoding.targets]
-            # An array without names: its columns are the features, in the table's order.
-            features = [feature.name for feature in encoding.features]
-            bare = isinstance(rows, np.ndarray | list) and np.shape(rows)[1:] == (len(features),)
-            table = table_from_arrays(
-                rows,
-                y,
-                feature_names=features if bare else None,
-                target_names=None if y is None else names,
-            )
+        table = as_table(encoding, rows, y)
         return encode_features(encoding, table), encode_targets(encoding, table)
 
 
@@ -482,6 +658,7 @@ def sample(
     dataset: Dataset | None = None,
     until: Target | None = None,
     held_out: tuple[Any, Any] | None = None,
+    weights: Any = None,
     **options,
 ) -> Run:
     """Sample a neural network's posterior with one chain per start position.
@@ -503,6 +680,8 @@ def sample(
     held_out : tuple of arrays, optional
         Inputs and targets of rows that are not among x: predictions there are followed for
         ``until.ess``, those of x if not given; ``until.lppd`` needs them. Not the test rows.
+    weights : array (rows,), optional
+        What each row counts for in the likelihood (`Posterior.log_likelihood`); 1 if not given.
     **options
         As in `sample_density`: kernel ("mclmc" if not given), warmup, draws, thin, seed,
         placement (chosen by the sizes of the problem if not given, see `calibration.choose`),
@@ -538,7 +717,8 @@ def sample(
         options["on_block"] = _checked(checks, options.get("on_block"), options.get("draws", 1000))
         options["block_end"] = checks.next
     density = RowDensity(at_work.log_prior, at_work.log_likelihood)
-    samples = sample_density(density, starts, data=(x, y), **options)
+    data = (x, y) if weights is None else (x, y, jnp.asarray(weights, x.dtype))
+    samples = sample_density(density, starts, data=data, **options)
     draws = draws_in_memory(samples.draws)
     wanted = kernel_named(options["kernel"]).wanted
     thin, stopped = options.get("thin", 1), samples.stopped
@@ -576,7 +756,9 @@ def _checked(checks: Checks, on_block, most: int):
     return look
 
 
-def scores(pooled: Pooled, y: np.ndarray, encoding: Encoding | None) -> dict[str, dict[str, float]]:
+def scores(
+    pooled: Pooled, y: np.ndarray, encoding: Encoding | None, errors: bool = False
+) -> dict[str, dict[str, float]]:
     """Score a pooled predictive in both units.
 
     Parameters
@@ -586,37 +768,58 @@ def scores(pooled: Pooled, y: np.ndarray, encoding: Encoding | None) -> dict[str
     y : array
         Targets as the network sees them.
     encoding : Encoding or None
+    errors : bool
+        Return the scores' standard errors instead.
 
     Returns
     -------
     dict
-        "standardised" and "target": scores by name; the same for classes.
+        "standardised" and "target": scores by name; the same for classes, counts and shares.
     """
     assert pooled.log_density is not None
     if pooled.probabilities is not None:
-        found = metrics.classification_scores(y, pooled.probabilities, pooled.log_density)
+        of_classes = metrics.classification_errors if errors else metrics.classification_scores
+        found = of_classes(y, pooled.probabilities, pooled.log_density)
         return {"standardised": found, "target": found}
     assert pooled.mean is not None and pooled.variance is not None and pooled.samples is not None
-    found = metrics.regression_scores(
-        y, pooled.mean, pooled.variance, pooled.samples, pooled.log_density
-    )
-    if encoding is None:
+    of_numbers = metrics.regression_errors if errors else metrics.regression_scores
+    y, cdf = np.asarray(y), _cdf_values(pooled, y)
+    found = of_numbers(y, pooled.mean, pooled.variance, pooled.samples, pooled.log_density, *cdf)
+    scale = np.ones(y.shape[1]) if encoding is None else encoding.target_scale
+    if np.all(scale == 1):
         return {"standardised": found, "target": found}
-    scale = encoding.target_scale
     # Densities change by the Jacobian, sum over targets of ln scale; centres cancel in all scores.
-    in_units = metrics.regression_scores(
-        np.asarray(y) * scale,
+    in_units = of_numbers(
+        y * scale,
         pooled.mean * scale,
         pooled.variance * scale**2,
         pooled.samples * scale,
         pooled.log_density - np.log(scale).sum(),
+        *cdf,
     )
     return {"standardised": found, "target": in_units}
+
+
+def _cdf_values(pooled: Pooled, y: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Return P(Y <= y) and P(Y < y) of the mixture, (rows, targets), or nothing."""
+    mixture = None if pooled.components is None else Mixture(pooled.components)
+    if mixture is None or not mixture.computable:
+        return ()
+    upto = mixture.cdf(y)
+    return upto, mixture.cdf(y - 1) if mixture.likelihood.support == "count" else upto
 
 
 def position_layout(posterior: Posterior) -> trees.Layout:
     """Return the layout of one position, without computing one."""
     return trees.layout(position_shapes(posterior))
+
+
+def describe(config: Config) -> dict[str, Any]:
+    """Return what a config says of network and likelihood, as JSON types."""
+    return {
+        "model": config.model.model_dump(mode="json"),
+        "likelihood": config.likelihood.model_dump(mode="json"),
+    }
 
 
 def check_precision(config: Config) -> None:

@@ -55,13 +55,18 @@ thin = 10                      # steps per kept draw
 # [stop]
 # ess = 400                    # stop earlier: when the draws are worth so many independent ones
 
+# [pool]
+# weights = "stacking"         # chains by their validation score; needs sampler.rows = "train"
+
 [run]
 seed = 0
 """
 
 GAUSSIAN = """\
 kind = "gaussian"
-scale = "predicted"            # noise that depends on the row; "sampled": one sigma"""
+scale = "predicted"            # noise that depends on the row; "sampled": one sigma
+# kind = "student_t"           # outliers; laplace, gaussian_mixture: other shapes of noise
+# kind = "negative_binomial"   # counts; poisson, zero_inflated_poisson; shares of 0 to 1: beta"""
 CLASSES = """\
 kind = "categorical"           # {count} classes"""
 

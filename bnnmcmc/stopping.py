@@ -2,7 +2,7 @@
 
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +16,14 @@ from bnnmcmc.store import disk_errors
 
 # Of a time budget, scores and report get this part, within these seconds.
 RESULTS_SHARE, RESULTS_SECONDS = 0.15, (8.0, 120.0)
+# Of a time budget, training gets this part of what is there for training and sampling, and a
+# warm-up that turns out longer than expected this part of what is left then (the second one for
+# one that was planned to fit).
+TRAINING_SHARE, WARMUP_SHARE, PLANNED_SHARE = 0.3, 0.7, 0.85
+# A plan for a time budget keeps at least so many warm-up steps and draws.
+MIN_PLANNED = 100
+# Speed is measured on at least this many seconds of compiled warm-up.
+CALIBRATION_SECONDS = 0.5
 
 
 @dataclass
@@ -64,6 +72,45 @@ class Stop:
         return self.deadline - np.clip(
             RESULTS_SHARE * (self.deadline - self.begun), *RESULTS_SECONDS
         )
+
+
+def fewer_steps(
+    warmup: int,
+    draws: int,
+    thin: int,
+    step_seconds: float,
+    done: int,
+    left: float,
+    cold: Callable[[], float],
+) -> tuple[int, int] | None:
+    """Plan fewer warm-up steps and draws, in proportion, if those planned do not fit.
+
+    Parameters
+    ----------
+    warmup, draws, thin : int
+        As planned by now.
+    step_seconds : float
+        What a step takes.
+    done : int
+        Steps of the warm-up that are done, and would be lost.
+    left : float
+        Seconds until sampling must end.
+    cold : callable
+        Returns the seconds of compiling for other numbers of steps.
+
+    Returns
+    -------
+    tuple of int, or None
+        Warm-up steps and draws; None if it fits as it is.
+    """
+    if (warmup - done + draws * thin) * step_seconds <= left:
+        return None
+    # Blocks are saved too.
+    share = 0.7 * max(0.0, left - cold()) / ((warmup + draws * thin) * step_seconds)
+    return (
+        min(warmup, max(MIN_PLANNED, int(warmup * share))),
+        min(draws, max(MIN_PLANNED, int(draws * share))),
+    )
 
 
 class FolderInUseError(InputError):

@@ -78,6 +78,7 @@ def print_summary(console: Console, folder: Path) -> None:
     for note in notes:
         console.print(f"[yellow]note[/]      {escape(note)}", highlight=False, soft_wrap=True)
     _print_scores(console, folder)
+    _print_pool(console, folder)
     _print_status(console, manifest["status"])
     _print_verdict(console, folder)
     more = f"--draws {manifest['draws']}"
@@ -257,6 +258,22 @@ def _print_scores(console: Console, folder: Path) -> None:
             table.add_row(f"{SCORES[name][0]}, units", *cells, "")
     console.print()
     console.print(table)
+
+
+def _print_pool(console: Console, folder: Path) -> None:
+    """Say how chains are weighted, unless all count the same and all draws enter the pool."""
+    path = folder / "metrics.json"
+    pool = json.loads(path.read_text()).get("pool") if path.is_file() else None
+    if pool and pool["weights"] != "equal":
+        largest = sorted(enumerate(pool["of_chains"]), key=lambda pair: -pair[1])[:3]
+        listed = ", ".join(f"chain {chain} {100 * weight:.0f} %" for chain, weight in largest)
+        console.print(
+            f"\n[dim]pool     [/] {pool['weights'].replace('_', '-')} weights from the validation "
+            f"rows: worth {pool['effective_chains']:.1f} of {len(pool['of_chains'])} chains "
+            f"({listed})",
+            highlight=False,
+            soft_wrap=True,
+        )
 
 
 def _score(name: str, value: float) -> str:

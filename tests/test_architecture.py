@@ -38,6 +38,9 @@ MAY_IMPORT = {
     "store": {"trees", "processes"},
     "symmetry": {"trees"},
     "predictive": {"likelihoods", "trees", "placement", "keys"},
+    "pooling": set(),
+    "recalibration": {"prediction"},
+    "mixture": {"predictive", "likelihoods", "placement", "keys"},
     "convergence": set(),
     "diagnostics": {"convergence", "store", "metrics", "symmetry", "health", "trees"},
     "targets": {"diagnostics"},
@@ -49,6 +52,9 @@ ONLY_IN = {
     "blackjax": {"samplers"},
     "arviz": {"diagnostics", "report"},
     "bnnmcmc.config": {
+        "estimators",
+        "fitting",
+        "predictor",
         "inputs",
         "build",
         "memory",
@@ -60,6 +66,8 @@ ONLY_IN = {
     },
     "bnnmcmc.pipeline": {"cli"},
     "bnnmcmc.cli": {"__main__"},
+    "bnnmcmc.estimators": set(),
+    "narwhals": {"estimators"},
 }
 
 # Importing these must not import JAX, directly or through another module.
@@ -73,6 +81,7 @@ WITHOUT_JAX = {
     "health",
     "inputs",
     "metrics",
+    "pooling",
     "processes",
     "progress",
     "report",

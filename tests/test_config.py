@@ -54,8 +54,9 @@ def test_every_mistake_is_reported_at_once():
             "data.split.sed: unknown key; did you mean 'seed'?",
             "model.hidden.1: found '16', but it should be a valid integer",
             "model.skip: found 'yes', but it should be a valid boolean",
-            "likelihood.kind: found 'gauss', but it should be 'gaussian', 'categorical' or "
-            "'bernoulli'",
+            "likelihood.kind: found 'gauss', but it should be 'gaussian', 'student_t', 'laplace', "
+            "'gaussian_mixture', 'poisson', 'zero_inflated_poisson', 'negative_binomial', 'beta', "
+            "'categorical' or 'bernoulli'",
             "likelihood.scale: found 'predictd', but it should be 'predicted' or 'sampled' or a "
             "valid number",
             'prior.df: needs family = "student_t"; remove it',

@@ -7,7 +7,23 @@ import scipy.special
 import scipy.stats as st
 
 from bnnmcmc.errors import InputError
-from bnnmcmc.likelihoods import MIN_SCALE, bernoulli, categorical, class_probabilities, gaussian
+from bnnmcmc.likelihoods import (
+    MIN_SCALE,
+    bernoulli,
+    beta,
+    categorical,
+    check_support,
+    class_probabilities,
+    cumulative,
+    gaussian,
+    gaussian_mixture,
+    laplace,
+    marginals,
+    negative_binomial,
+    poisson,
+    student_t,
+    zero_inflated_poisson,
+)
 
 RNG = np.random.default_rng(0)
 
@@ -152,5 +168,169 @@ def test_a_nan_output_gives_a_nan_density(likelihood, target):
     ],
 )
 def test_errors(make, message):
+    with pytest.raises(InputError, match=message):
+        make()
+
+
+COUNTS = np.array([[0.0], [1.0], [2.0], [5.0], [13.0], [0.0]])
+OUTPUTS = np.random.default_rng(4).normal(size=(6, 9)).astype(np.float32)
+
+
+def softplus(raw):
+    return np.logaddexp(0, raw) + MIN_SCALE
+
+
+def zero_inflated(o):
+    counts, gate = st.poisson(2 * np.exp(o[:, :1])), scipy.special.expit(o[:, 1:2])
+    log = np.log((1 - gate) * counts.pmf(COUNTS) + gate * (COUNTS == 0))
+    return log, gate + (1 - gate) * counts.cdf(COUNTS), (1 - gate) * counts.mean()
+
+
+def frozen(make, discrete=False):
+    def reference(o):
+        found = make(o)
+        y = COUNTS if discrete else Y
+        log = found.logpmf(y) if discrete else found.logpdf(y)
+        return log, found.cdf(y), found.mean()
+
+    return reference
+
+
+Y = np.array([[0.1], [0.2], [0.5], [0.6], [0.9], [0.3]])
+
+
+def mixture_of_three(o):
+    share = scipy.special.softmax(o[:, :3], axis=1)
+    normal = st.norm(o[:, 3:6] + np.array([-1, 0, 1]), softplus(o[:, 6:9]))
+    density, below = normal.pdf(Y), normal.cdf(Y)
+    each = [np.log((share * density).sum(1, keepdims=True)), (share * below).sum(1, keepdims=True)]
+    return *each, (share * normal.mean()).sum(1, keepdims=True)
+
+
+def beta_of(o, r):
+    mean = scipy.special.expit(o[:, :1] + scipy.special.logit(0.2))
+    return st.beta(mean * r, (1 - mean) * r)
+
+
+@pytest.mark.parametrize(
+    ("likelihood", "outputs", "reference"),
+    [
+        (laplace(), 2, frozen(lambda o: st.laplace(o[:, :1], softplus(o[:, 1:2])))),
+        (student_t(df=3.5), 2, frozen(lambda o: st.t(3.5, o[:, :1], softplus(o[:, 1:2])))),
+        (student_t(scale=0.7), 1, frozen(lambda o: st.t(4.0, o[:, :1], 0.7))),
+        (poisson(level=3.0), 1, frozen(lambda o: st.poisson(3 * np.exp(o[:, :1])), True)),
+        (zero_inflated_poisson(level=2.0), 2, zero_inflated),
+        (
+            negative_binomial(level=2.0),
+            2,
+            frozen(
+                lambda o: st.nbinom(np.exp(o[:, 1:2]), 1 / (1 + 2 * np.exp(o[:, :1] - o[:, 1:2]))),
+                True,
+            ),
+        ),
+        (beta(level=0.2), 2, frozen(lambda o: beta_of(o, np.exp(o[:, 1:2])))),
+        (beta(level=0.2, concentration=7.0), 1, frozen(lambda o: beta_of(o, 7.0))),
+        (gaussian_mixture(), 9, mixture_of_three),
+    ],
+)
+def test_densities_distribution_functions_and_means(likelihood, outputs, reference):
+    assert (likelihood.num_outputs, likelihood.task) == (outputs, "regression")
+    log, below, mean = reference(OUTPUTS[:, :outputs].astype(float))
+    y = jnp.asarray(COUNTS if likelihood.support == "count" else Y, jnp.float32)
+    found = likelihood.distribution(likelihood.init(), jnp.asarray(OUTPUTS[:, :outputs]))
+    np.testing.assert_allclose(found.log_prob(y), log[:, 0], rtol=1e-4, atol=2e-5)
+    np.testing.assert_allclose(cumulative(marginals(found), y), below, rtol=1e-4, atol=2e-6)
+    np.testing.assert_allclose(found.mean, mean, rtol=1e-4, atol=1e-6)
+    samples = found.sample(jax.random.key(0), (4000,))
+    error = np.sqrt(np.asarray(found.variance) / 4000)
+    assert np.all(np.abs(samples.mean(axis=0) - mean) < 5 * error)
+    if likelihood.support == "count":
+        assert np.all(cumulative(marginals(found), y * 0 - 1) == 0)
+
+
+@pytest.mark.parametrize(
+    "likelihood", [student_t(df="sampled"), negative_binomial(concentration="sampled")]
+)
+def test_sampled_parameters_have_a_prior_that_is_a_density(likelihood):
+    (name,) = likelihood.init()
+    eta = np.linspace(-25, 12, 4001)
+    if name == "log_df":
+        likelihood = student_t(scale=1.0, df="sampled")
+    log_prior = jax.vmap(lambda e: likelihood.log_prior({name: e[None]}))
+    values = np.exp(np.asarray(log_prior(jnp.asarray(eta, jnp.float32)), np.float64))
+    np.testing.assert_allclose(scipy.integrate.simpson(values, x=eta), 1, rtol=1e-3)
+
+
+def test_a_sampled_scale_and_sampled_degrees_of_freedom():
+    likelihood = student_t(targets=2, scale="sampled", df="sampled")
+    assert set(likelihood.init()) == {"log_scale", "log_df"}
+    params = {"log_scale": np.log([0.5, 2.0]), "log_df": np.log([1.0, 6.0])}
+    found = likelihood.distribution(params, OUTPUTS[:, :2]).log_prob(OUTPUTS[:, 2:4])
+    expected = st.t([3.0, 8.0], OUTPUTS[:, :2], [0.5, 2.0]).logpdf(OUTPUTS[:, 2:4]).sum(1)
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
+    both = likelihood.log_prior(params)
+    scale = gaussian(2, scale="sampled").log_prior(params)
+    freedom = student_t(2, scale=1.0, df="sampled").log_prior(params)
+    np.testing.assert_allclose(both, scale + freedom, rtol=1e-5)
+
+
+OTHERS = [
+    student_t(),
+    student_t(df="sampled"),
+    laplace(),
+    poisson(),
+    zero_inflated_poisson(),
+    negative_binomial(),
+    beta(),
+    gaussian_mixture(),
+]
+
+
+@pytest.mark.parametrize("likelihood", OTHERS)
+def test_whatever_a_network_puts_out_densities_and_gradients_are_finite(likelihood):
+    rows = np.array([-1e6, -100.0, -5.0, 5.0, 100.0, 1e6], np.float32)
+    outputs = jnp.asarray(np.repeat(rows[:, None], likelihood.num_outputs, axis=1))
+    for y in (0.0, 3.0) if likelihood.support == "count" else (0.01, 0.5):
+
+        def total(outputs, y=y):
+            found = likelihood.distribution(likelihood.init(), outputs)
+            return found.log_prob(jnp.full((6, 1), y)).sum()
+
+        value, gradient = jax.value_and_grad(total)(outputs)
+        assert np.isfinite(value)
+        assert np.all(np.isfinite(gradient))
+    found = likelihood.distribution(likelihood.init(), outputs * jnp.nan)
+    assert np.isnan(found.log_prob(jnp.full((6, 1), 0.0 if y == 3.0 else 0.5))).all()
+    assert np.isnan(found.mean).all()
+    assert np.isnan(cumulative(marginals(found), jnp.full((6, 1), 1.0))).all()
+
+
+@pytest.mark.parametrize(
+    ("likelihood", "y", "message"),
+    [
+        (poisson(), [[1.0], [-2.0], [0.5]], r"found -2\.0 in row 1 \(and 1 more such\).*from 0"),
+        (negative_binomial(), [[1.0], [0.5]], r"found 0\.5 in row 1"),
+        (beta(), [[0.5], [1.0]], r"found 1\.0 in row 1 .*between 0 and 1, without these"),
+        (beta(), [[1 - 1e-9]], r"row 0"),
+    ],
+)
+def test_targets_that_a_likelihood_cannot_have(likelihood, y, message):
+    with pytest.raises(InputError, match=message):
+        check_support(likelihood, np.array(y))
+    check_support(gaussian(), np.array(y))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: student_t(df=2.0), r"likelihood\.df: found 2\.0, expected 'sampled' or a number"),
+        (lambda: student_t(df="any"), r"likelihood\.df: found 'any'"),
+        (lambda: poisson(level=0.0), r"likelihood\.level: found 0\.0, expected more than 0"),
+        (lambda: beta(level=1.0), r"likelihood\.level: found 1\.0, expected between 0 and 1"),
+        (lambda: beta(concentration=-1.0), r"likelihood\.concentration: found -1\.0"),
+        (lambda: gaussian_mixture(components=1), r"components: found 1, expected at least 2"),
+    ],
+)
+def test_options_that_make_no_sense(make, message):
     with pytest.raises(InputError, match=message):
         make()

@@ -3,9 +3,17 @@ import sys
 
 import numpy as np
 import pytest
+import scoringrules
 from scipy import stats
 from scipy.special import logsumexp
-from sklearn.metrics import accuracy_score, brier_score_loss, log_loss, mean_squared_error
+from sklearn.metrics import (
+    accuracy_score,
+    brier_score_loss,
+    log_loss,
+    mean_absolute_error,
+    mean_squared_error,
+    roc_auc_score,
+)
 
 from bnnmcmc import metrics
 from bnnmcmc.errors import InputError
@@ -319,3 +327,158 @@ Y, MEAN, VARIANCE, SAMPLES = regression()
 def test_inputs_that_do_not_fit_are_named(score, message):
     with pytest.raises(InputError, match=message):
         score()
+
+
+# ------------------------------------------------------------------ scores with standard errors
+
+
+def components(draws=12, rows=7, targets=2, seed=3):
+    rng = np.random.default_rng(seed)
+    return (
+        rng.normal(size=(rows, targets)),
+        rng.normal(size=(draws, rows, targets)),
+        rng.uniform(0.2, 2, (draws, rows, targets)),
+        rng.dirichlet(np.ones(draws)),
+    )
+
+
+def test_crps_of_gaussian_mixtures_against_scoringrules():
+    y, means, sds, weights = components()
+    for w in (None, weights):
+        share = np.full(12, 1 / 12) if w is None else w
+        expected = scoringrules.crps_mixnorm(
+            y, means, sds, np.broadcast_to(share[:, None, None], means.shape), m_axis=0
+        )
+        found = metrics.crps_gaussian_mixture(y, means, sds, w)
+        np.testing.assert_allclose(found.value, expected.mean(), rtol=1e-10)
+        each = expected.mean(axis=1)
+        np.testing.assert_allclose(found.error, each.std(ddof=1) / np.sqrt(7), rtol=1e-9)
+    one = metrics.crps_gaussian_mixture(y, means[:1], sds[:1])
+    np.testing.assert_allclose(one.value, crps_gaussian(y, means[0], sds[0]).mean(), rtol=1e-10)
+
+
+def test_crps_of_samples_against_scoringrules_and_the_closed_form():
+    y, means, sds, _ = components()
+    rng = np.random.default_rng(0)
+    samples = (means + sds * rng.normal(size=(4000, *means.shape))).reshape(-1, *y.shape)
+    fair = scoringrules.crps_ensemble(y, samples[:500], m_axis=0, estimator="fair").mean()
+    np.testing.assert_allclose(crps_samples(y, samples[:500]), fair, rtol=1e-8)
+    exact = metrics.crps_gaussian_mixture(y, means, sds).value
+    assert abs(crps_samples(y, samples) - exact) < 0.01
+
+
+def test_interval_score_coverage_and_width():
+    y, means, sds, _ = components()
+    low, high = means[0] - sds[0], means[0] + sds[0]
+    expected = scoringrules.interval_score(y, low, high, 0.2)
+    found = metrics.interval_score(y, low, high, 0.8)
+    np.testing.assert_allclose(found.value, expected.mean(), rtol=1e-12)
+    error = expected.mean(axis=1).std(ddof=1) / np.sqrt(7)
+    np.testing.assert_allclose(found.error, error, rtol=1e-12)
+    inside = (low <= y) & (y <= high)
+    assert metrics.interval_coverage(y, low, high).value == inside.mean()
+    np.testing.assert_allclose(metrics.interval_width(low, high).value, (high - low).mean())
+    low[2, 0] = np.nan
+    for score in (
+        metrics.interval_score(y, low, high, 0.8),
+        metrics.interval_coverage(y, low, high),
+        metrics.interval_width(low, high),
+    ):
+        assert np.isnan(score.value)
+
+
+def test_mean_absolute_error():
+    y, means, _, _ = components()
+    expected = mean_absolute_error(y, means[0])
+    np.testing.assert_allclose(metrics.mae(y, means[0]).value, expected)
+
+
+def test_coverage_from_the_distribution_function_is_that_of_exact_intervals():
+    rng = np.random.default_rng(2)
+    y, mean = rng.normal(size=(2, 400, 1))
+    samples = mean + rng.normal(size=(50, 400, 1))
+    arguments = (y, mean, np.ones_like(y), samples, stats.norm.logpdf(y, mean)[:, 0])
+    upto = stats.norm.cdf(y, mean)
+    found = regression_scores(*arguments, upto, upto)
+    for level in LEVELS:
+        low, high = stats.norm.interval(level / 100, mean)
+        assert found[f"coverage_{level}"] == ((low <= y) & (y <= high)).mean()
+    # Counts: the interval holds its ends.
+    counts = rng.poisson(5, size=(400, 1)).astype(float)
+    law = stats.poisson(5)
+    found = regression_scores(counts, *arguments[1:], law.cdf(counts), law.cdf(counts - 1))
+    for level in LEVELS:
+        low, high = law.ppf((1 - level / 100) / 2), law.ppf((1 + level / 100) / 2)
+        assert found[f"coverage_{level}"] == ((low <= counts) & (counts <= high)).mean()
+
+
+@pytest.mark.parametrize("name", ["lppd", "nll_gaussian", "rmse", "crps", "coverage_80"])
+def test_standard_errors_of_regression_are_those_over_test_parts(name):
+    """The spread of the score over many test parts, as the error of one says."""
+    rng = np.random.default_rng(5)
+    scores, errors = [], []
+    for _ in range(150):
+        mean = rng.normal(size=(80, 1))
+        y = mean + 1.3 * rng.standard_t(8, size=(80, 1))
+        samples = mean + rng.normal(size=(20, 80, 1))
+        arguments = (y, mean, np.ones_like(y), samples, stats.norm.logpdf(y, mean)[:, 0])
+        scores.append(regression_scores(*arguments)[name])
+        errors.append(metrics.regression_errors(*arguments)[name])
+    # A standard deviation of 150 values is off by 6 %.
+    assert np.mean(errors) == pytest.approx(np.std(scores), rel=0.25)
+
+
+@pytest.mark.parametrize("name", ["lppd", "accuracy", "brier", "ece"])
+def test_standard_errors_of_classification_are_those_over_test_parts(name):
+    rng = np.random.default_rng(6)
+    scores, errors = [], []
+    for _ in range(100):
+        p = rng.beta(2, 1, size=150)
+        y = (rng.random(150) < p**2).astype(int)  # far from calibrated: no bias near zero
+        both = np.stack([1 - p, p], axis=1)
+        arguments = (y, both, np.log(both[np.arange(150), y]))
+        scores.append(classification_scores(*arguments)[name])
+        errors.append(metrics.classification_errors(*arguments)[name])
+    assert np.mean(errors) == pytest.approx(np.std(scores), rel=0.3)
+
+
+def test_parts_of_the_brier_score_add_up():
+    y, probabilities = classification()
+    parts = metrics.brier_decomposition(y, probabilities)
+    total = parts.reliability.value - parts.resolution.value
+    total += parts.uncertainty.value + parts.within.value
+    np.testing.assert_allclose(total, brier(y, probabilities), rtol=1e-12)
+    assert all(part.error > 0 for part in parts[:3])
+    # Probabilities that are the bins' own shares: nothing is hidden, and they are calibrated.
+    p = np.repeat([0.25, 0.75], 40)
+    y = np.concatenate([np.arange(40) < 10, np.arange(40) < 30]).astype(int)
+    parts = metrics.brier_decomposition(y, np.stack([1 - p, p], axis=1), bins=4)
+    np.testing.assert_allclose([parts.reliability.value, parts.within.value], 0, atol=1e-12)
+    np.testing.assert_allclose(parts.uncertainty.value, 0.5)
+    np.testing.assert_allclose(parts.resolution.value, 2 * 0.25**2)
+
+
+def test_auroc_against_scikit_learn():
+    rng = np.random.default_rng(0)
+    inside, outside = rng.integers(0, 9, 60) * 1.0, rng.integers(3, 12, 40) * 1.0  # with ties
+    found = metrics.auroc(inside, outside)
+    labels = np.repeat([0, 1], [60, 40])
+    np.testing.assert_allclose(found.value, roc_auc_score(labels, np.append(inside, outside)))
+    repeated = [
+        metrics.auroc(rng.integers(0, 9, 60) * 1.0, rng.integers(3, 12, 40) * 1.0).value
+        for _ in range(300)
+    ]
+    assert found.error == pytest.approx(np.std(repeated), rel=0.3)
+    assert metrics.auroc([0.0, 1.0], [2.0, 3.0]).value == 1
+    assert np.isnan(metrics.auroc([0.0, np.nan], [2.0, 3.0]).value)
+
+
+def test_uniformity_against_scipy():
+    rng = np.random.default_rng(1)
+    for power in (1.0, 1.3):
+        values = rng.random(300) ** power
+        found, expected = metrics.pit_uniformity(values), stats.kstest(values, "uniform")
+        np.testing.assert_allclose(found.distance, expected.statistic, rtol=1e-10)
+        np.testing.assert_allclose(found.p_value, expected.pvalue, atol=0.01)
+    with pytest.raises(InputError, match="from 0 to 1"):
+        metrics.pit_uniformity([0.5, 1.2])

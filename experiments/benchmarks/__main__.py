@@ -28,6 +28,7 @@ BENCHMARKS = {
     "kernels": "what gradients buy: every kernel on three tables",
     "startup": "time to --help and to the first line of progress",
     "compilation": "seconds of compilation per stage, cold and from the cache",
+    "predict_rows": "rows per second and peak memory of predicting a long CSV to Parquet",
     "memory": "peak memory against the number of kept draws",
     "whole_fit": "a whole fit beside sklearn-contrib-bde, same work",
     "time_to_lppd": "time until the peer's final LPPD is reached",
@@ -56,7 +57,7 @@ def main(
     ----------
     names
         Which benchmarks: gradients, steps, nuts_lockstep, nuts_warmup, kernels, startup,
-        compilation, memory, whole_fit, time_to_lppd. All if not given.
+        compilation, predict_rows, memory, whole_fit, time_to_lppd. All if not given.
     data
         Folder with airfoil.data; without it the table is fetched from OpenML.
     peer
