@@ -36,7 +36,7 @@ MAY_IMPORT = {
     "records": {"samplers", "placement"},
     "sampling": {"records", "samplers", "placement", "keys", "trees", "health"},
     "store": {"trees", "processes"},
-    "symmetry": {"trees"},
+    "symmetry": {"symmetry", "models", "trees"},
     "predictive": {"likelihoods", "trees", "placement", "keys"},
     "convergence": set(),
     "diagnostics": {"convergence", "store", "metrics", "symmetry", "health", "trees"},
