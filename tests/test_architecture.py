@@ -39,7 +39,8 @@ MAY_IMPORT = {
     "symmetry": {"symmetry", "models", "trees"},
     "predictive": {"likelihoods", "trees", "placement", "keys"},
     "convergence": set(),
-    "diagnostics": {"convergence", "store", "metrics", "symmetry", "health", "trees"},
+    "modes": set(),
+    "diagnostics": {"convergence", "modes", "store", "metrics", "symmetry", "health", "trees"},
     "targets": {"diagnostics"},
     "report": {"report", "diagnostics", "metrics", "health", "store", "targets"},
 }
@@ -73,6 +74,7 @@ WITHOUT_JAX = {
     "health",
     "inputs",
     "metrics",
+    "modes",
     "processes",
     "progress",
     "report",
