@@ -40,7 +40,10 @@ MAY_IMPORT = {
     "predictive": {"likelihoods", "trees", "placement", "keys"},
     "convergence": set(),
     "modes": set(),
-    "diagnostics": {"convergence", "modes", "store", "metrics", "symmetry", "health", "trees"},
+    "running": set(),
+    "exploration": {"diagnostics", "modes", "running", "symmetry"},
+    "verdict": {"modes"},
+    "diagnostics": {"convergence", "store", "metrics", "symmetry", "health", "trees"},
     "targets": {"diagnostics"},
     "report": {"report", "diagnostics", "metrics", "health", "store", "targets"},
 }
@@ -78,10 +81,12 @@ WITHOUT_JAX = {
     "processes",
     "progress",
     "report",
+    "running",
     "starter",
     "summary",
     "sweep",
     "targets",
+    "verdict",
 }
 JAX = {"jax", "jaxlib", "blackjax", "numpyro", "optax"}
 

@@ -73,6 +73,15 @@ COLUMNS = {
         "effective sample size of the predictions, median over predictions",
     ),
     "ess_function_min": ("ESS function min", "the same, smallest over predictions"),
+    "ess_function_tail": (
+        "tail ESS",
+        "the smaller effective sample size of the predictions' 5 % and 95 % quantiles, median over "
+        "predictions",
+    ),
+    "ess_per_gradient": (
+        "ESS per gradient",
+        "effective sample size of the predictions by gradients while sampling",
+    ),
     "rhat_function_median": (
         "R-hat function",
         "chain-wise R-hat of the predictions (the chain split into parts), median over "
