@@ -31,8 +31,9 @@ PAPER = {
     ("f1", "energy"): (0.92, 0.69),
     ("f2", "energy"): (2.07, 2.38),
 }
-# Of the shrunken study, unless the command line says otherwise.
+# Of the shrunken study, unless the command line says otherwise: chains, and steps of warm-up.
 FEW_CHAINS = {"f1": 200, "f2": 16}
+FEW_STEPS = {"f1": 1024, "f2": 256}
 # Chains in a part.
 PART = {"f1": 50, "f2": 2}
 
