@@ -31,7 +31,9 @@ if TYPE_CHECKING:
     from bnnmcmc.likelihoods import categorical as categorical
     from bnnmcmc.likelihoods import gaussian as gaussian
     from bnnmcmc.models.mlp import mlp as mlp
+    from bnnmcmc.models.network import Layers as Layers
     from bnnmcmc.models.network import Network as Network
+    from bnnmcmc.modes import chains_needed as chains_needed
     from bnnmcmc.placement import place as place
     from bnnmcmc.placement import use_all_cores as use_all_cores
     from bnnmcmc.placement import use_precision as use_precision
@@ -59,6 +61,8 @@ if TYPE_CHECKING:
     from bnnmcmc.samplers.smile import smile as smile
     from bnnmcmc.sampling import Samples as Samples
     from bnnmcmc.sampling import sample_density as sample_density
+    from bnnmcmc.symmetry.canonical import canonicalize as canonicalize
+    from bnnmcmc.symmetry.group import group_order as group_order
     from bnnmcmc.targets import Target as Target
 
 _HOMES = {
@@ -68,6 +72,7 @@ _HOMES = {
     "Horseshoe": "priors.Horseshoe",
     "InputError": "errors.InputError",
     "Kernel": "samplers.kernel.Kernel",
+    "Layers": "models.network.Layers",
     "LeafPrior": "priors.LeafPrior",
     "Likelihood": "likelihoods.Likelihood",
     "MinibatchKernel": "samplers.kernel.MinibatchKernel",
@@ -82,9 +87,12 @@ _HOMES = {
     "Target": "targets.Target",
     "Warmup": "samplers.kernel.Warmup",
     "bernoulli": "likelihoods.bernoulli",
+    "canonicalize": "symmetry.canonical.canonicalize",
     "categorical": "likelihoods.categorical",
+    "chains_needed": "modes.chains_needed",
     "fit_ensemble": "ensemble.fit_ensemble",
     "gaussian": "likelihoods.gaussian",
+    "group_order": "symmetry.group.group_order",
     "hmc": "samplers.hmc.hmc",
     "hierarchical_prior": "priors.hierarchical",
     "independent_prior": "priors.independent",

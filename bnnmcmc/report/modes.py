@@ -90,8 +90,7 @@ def distances(modes: dict[str, Any]) -> Plot:
     def draw(ax):
         shades = LinearSegmentedColormap.from_list(
             "distance", ["#ffffff00", COLOURS["ensemble"], COLOURS["bad"]]
-        )
-        shades.set_bad((0.5, 0.5, 0.5, 1))
+        ).with_extremes(bad="#80808080")
         drawn = ax.imshow(
             np.ma.masked_invalid(values), cmap=shades, vmin=0, vmax=high, interpolation="nearest"
         )
