@@ -224,7 +224,7 @@ def weight_agreement(network: Any, params: Mapping[str, Any], mode: bool) -> Wei
         NaN with fewer than 4 draws.
     """
     layers = layers_of(network)
-    moved = apply(layers, align(layers, params), params)
+    moved = apply(layers, align(layers, params, rounds=2), params)
     found = []
     for tree in (params, moved):
         leaves = [np.asarray(v) for name in names(layers) for v in tree[name].values()]

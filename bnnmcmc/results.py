@@ -20,7 +20,9 @@ from bnnmcmc.verdict import verdict
 MAX_DIAGNOSED_DRAWS, MIN_DIAGNOSED_DRAWS, TOTAL_DIAGNOSED = 4000, 100, 200_000
 MAX_DIAGNOSED_WEIGHTS = 200
 # Weights are aligned in so many draws in all, and in so many of a chain at least.
-ALIGNED_DRAWS, MIN_ALIGNED_DRAWS = 300, 20
+ALIGNED_DRAWS, MIN_ALIGNED_DRAWS = 200, 20
+# Numbers in these draws; more are not aligned.
+MAX_ALIGNED_SIZE = 2e7
 QUANTILES = (0.025, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.975)
 
 
@@ -138,7 +140,8 @@ def _weight_agreement(
     every = max(1, run.draws.draws // (ALIGNED_DRAWS // len(chains)))
     draws = -(-run.draws.draws // every)
     work = exploration.alignment_work(network, len(chains), draws)
-    if draws < MIN_ALIGNED_DRAWS or work > exploration.MAX_ASSIGNMENT:
+    size = len(chains) * draws * run.draws.layout.size
+    if draws < MIN_ALIGNED_DRAWS or work > exploration.MAX_ASSIGNMENT or size > MAX_ALIGNED_SIZE:
         return None
     flat = np.concatenate([b[chains].copy() for b in thinned(run.draws, every).blocks()], axis=1)
     if not np.isfinite(flat).all():
