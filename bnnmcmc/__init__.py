@@ -41,7 +41,9 @@ if TYPE_CHECKING:
     from bnnmcmc.likelihoods import student_t as student_t
     from bnnmcmc.likelihoods import zero_inflated_poisson as zero_inflated_poisson
     from bnnmcmc.models.mlp import mlp as mlp
+    from bnnmcmc.models.network import Layers as Layers
     from bnnmcmc.models.network import Network as Network
+    from bnnmcmc.modes import chains_needed as chains_needed
     from bnnmcmc.placement import place as place
     from bnnmcmc.placement import use_all_cores as use_all_cores
     from bnnmcmc.placement import use_precision as use_precision
@@ -71,6 +73,8 @@ if TYPE_CHECKING:
     from bnnmcmc.samplers.smile import smile as smile
     from bnnmcmc.sampling import Samples as Samples
     from bnnmcmc.sampling import sample_density as sample_density
+    from bnnmcmc.symmetry.canonical import canonicalize as canonicalize
+    from bnnmcmc.symmetry.group import group_order as group_order
     from bnnmcmc.targets import Target as Target
 
 _HOMES = {
@@ -82,6 +86,7 @@ _HOMES = {
     "Horseshoe": "priors.Horseshoe",
     "InputError": "errors.InputError",
     "Kernel": "samplers.kernel.Kernel",
+    "Layers": "models.network.Layers",
     "LeafPrior": "priors.LeafPrior",
     "Likelihood": "likelihoods.Likelihood",
     "MinibatchKernel": "samplers.kernel.MinibatchKernel",
@@ -99,10 +104,13 @@ _HOMES = {
     "Warmup": "samplers.kernel.Warmup",
     "bernoulli": "likelihoods.bernoulli",
     "beta": "likelihoods.beta",
+    "canonicalize": "symmetry.canonical.canonicalize",
     "categorical": "likelihoods.categorical",
+    "chains_needed": "modes.chains_needed",
     "fit_ensemble": "ensemble.fit_ensemble",
     "gaussian": "likelihoods.gaussian",
     "gaussian_mixture": "likelihoods.gaussian_mixture",
+    "group_order": "symmetry.group.group_order",
     "hierarchical_prior": "priors.hierarchical",
     "hmc": "samplers.hmc.hmc",
     "independent_prior": "priors.independent",

@@ -7,8 +7,11 @@ the other: at a millisecond each, ten thousand chains would take many minutes. A
 References
 ----------
 Vehtari, Gelman, Simpson, Carpenter, Bürkner (2021), 1903.08008; Geyer (1992), Statistical Science
-7 (the initial monotone sequence).
+7 (the initial monotone sequence); Margossian et al. (2024), 2110.13017 (nested R-hat).
 """
+
+from collections.abc import Iterable
+from typing import NamedTuple
 
 import numpy as np
 
@@ -53,6 +56,51 @@ def _rhat(values: np.ndarray) -> np.ndarray:
     within = values.var(axis=-1, ddof=1).mean(axis=-1)
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.sqrt((between / within + draws - 1) / draws)
+
+
+def nested_rhat(values: np.ndarray, superchains: np.ndarray) -> np.ndarray:
+    r"""Return the rank-normalised nested R-hat (...), the larger of location and scale.
+
+    For chains in groups that started at the same place (superchains),
+
+    .. math:: \hat R_\nu = \sqrt{1 + B_\nu / W_\nu}
+
+    with B the variance of the superchains' means, and W the mean over superchains of the variance
+    between their chains plus the mean variance within these. Many short chains make it small where
+    the plain R-hat needs long ones.
+
+    Parameters
+    ----------
+    values : array (..., chain, draw)
+        Finite, not all equal; at least 4 draws.
+    superchains : int array (chain,)
+        Which superchain each chain is of; as many chains in each.
+    """
+    halves = split_in_halves(np.asarray(values, np.float64))
+    twice = np.tile(superchains, 2)
+    centre = np.median(halves, axis=(-2, -1), keepdims=True)
+    folded = np.abs(halves - centre)
+    found = [
+        _nested(z.mean(axis=-1), z.var(axis=-1, ddof=1), twice)
+        for z in (normal_scores(halves), normal_scores(folded))
+    ]
+    return np.maximum(*found)
+
+
+def _nested(means: np.ndarray, variances: np.ndarray, superchains: np.ndarray) -> np.ndarray:
+    """Return the nested R-hat (...) from means and variances of chains (..., chain)."""
+    members = [np.flatnonzero(superchains == k) for k in np.unique(superchains)]
+    means_of = [means[..., m] for m in members]
+    between = np.stack([m.mean(axis=-1) for m in means_of], axis=-1).var(axis=-1, ddof=1)
+    within = np.mean(
+        [
+            variances[..., m].mean(axis=-1) + (values.var(axis=-1, ddof=1) if len(m) > 1 else 0.0)
+            for m, values in zip(members, means_of, strict=True)
+        ],
+        axis=0,
+    )
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.sqrt(1 + between / within)
 
 
 def bulk_ess(values: np.ndarray) -> np.ndarray:
@@ -131,3 +179,122 @@ def _autocovariance(values: np.ndarray) -> np.ndarray:
     spectrum = rfft(values - values.mean(axis=-1, keepdims=True), n=length, axis=-1)
     power = spectrum.real**2 + spectrum.imag**2
     return irfft(power, n=length, axis=-1)[..., :draws] / draws
+
+
+# ------------------------------------------------------------- moments, a block at a time
+
+
+class Moments(NamedTuple):
+    """Means and variances of parts of chains: what streams of any length leave behind.
+
+    Parameters
+    ----------
+    length : int
+        Draws in a part.
+    means : numpy array (chain, part, n)
+    variances : numpy array (chain, part, n)
+        With ``length - 1`` in the denominator.
+    """
+
+    length: int
+    means: np.ndarray
+    variances: np.ndarray
+
+
+def stream_moments(blocks: Iterable[np.ndarray], draws: int, parts: int = 4) -> Moments:
+    """Take the moments of chains that come in blocks; memory does not depend on their length.
+
+    Parameters
+    ----------
+    blocks : iterable of arrays (chain, count, n)
+        In order, ``draws`` in all. Cut them into blocks of a few draws for little memory.
+    draws : int
+        Per chain.
+    parts : int
+        Equal parts of each chain; what is left over is dropped at the start. 2 for a split R-hat,
+        4 for one within each chain, 20 or so for `batch_ess`.
+
+    Returns
+    -------
+    Moments
+        In float64, by Chan's update, so that large means cancel nothing. NaN where a draw is not
+        finite.
+
+    Raises
+    ------
+    ValueError
+        Another number of draws than said, or fewer than two in a part.
+    """
+    length = draws // parts
+    if length < 2:
+        raise ValueError(f"{draws} draws do not make {parts} parts of two or more")
+    first, seen = draws - parts * length, 0
+    means = squares = None
+    for block in blocks:
+        if means is None or squares is None:
+            shape = (len(block), parts, block.shape[2])
+            means, squares = np.zeros(shape), np.zeros(shape)
+        here = np.arange(seen, seen + block.shape[1]) - first
+        seen += block.shape[1]
+        for part in np.unique(here[here >= 0] // length):
+            if part >= parts:
+                break  # more draws than said, which is said below
+            chosen = here // length == part
+            before = max(0, int(here[chosen][0]) - part * length)
+            some = block[:, chosen & (here >= 0)].astype(np.float64)
+            count = some.shape[1]
+            with np.errstate(invalid="ignore", over="ignore"):
+                mean = some.mean(axis=1)
+                some -= mean[:, None]
+                delta = mean - means[:, part]
+                squares[:, part] += np.einsum("cdn,cdn->cn", some, some)
+                squares[:, part] += np.square(delta) * before * count / (before + count)
+                means[:, part] += delta * count / (before + count)
+    if seen != draws or means is None or squares is None:
+        raise ValueError(f"found {seen} draws, expected {draws}")
+    return Moments(length, means, squares / (length - 1))
+
+
+def moments_rhat(moments: Moments, superchains: np.ndarray | None = None) -> np.ndarray:
+    """Return the split R-hat (n,) across chains, not rank-normalised; nested with superchains."""
+    means, variances = (
+        np.moveaxis(part.reshape(-1, part.shape[-1]), 0, -1)
+        for part in (moments.means, moments.variances)
+    )
+    if superchains is not None:
+        parts = moments.means.shape[1]
+        return _nested(means, variances, np.repeat(superchains, parts))
+    return _rhat_of_moments(means, variances, moments.length)
+
+
+def chainwise_moments_rhat(moments: Moments) -> np.ndarray:
+    """Return R-hat (chain, n) over the parts of each chain, not rank-normalised."""
+    means, variances = (np.moveaxis(part, 1, -1) for part in (moments.means, moments.variances))
+    return _rhat_of_moments(means, variances, moments.length)
+
+
+def _rhat_of_moments(means: np.ndarray, variances: np.ndarray, length: int) -> np.ndarray:
+    between, within = length * means.var(axis=-1, ddof=1), variances.mean(axis=-1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.sqrt((between / within + length - 1) / length)
+
+
+def batch_ess(moments: Moments) -> np.ndarray:
+    r"""Return the ESS (chain, n) of each chain's mean by batch means.
+
+    .. math:: n_\text{eff} = \frac{N \, \operatorname{Var}(x)}{b \, \operatorname{Var}(\bar x_k)}
+
+    with parts of b draws as batches; at most the number of draws. Right if a part is much longer
+    than the correlation, and known to about :math:`\sqrt{2 / (\text{parts} - 1)}`.
+
+    References
+    ----------
+    Flegal and Jones (2010), Annals of Statistics 38.
+    """
+    parts, b = moments.means.shape[1], moments.length
+    between = moments.means.var(axis=1, ddof=1)
+    total = parts * b
+    # All draws' variance, from that within and between the parts.
+    whole = (moments.variances.sum(axis=1) * (b - 1) + between * (parts - 1) * b) / (total - 1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.minimum(total * whole / (b * between), float(total))

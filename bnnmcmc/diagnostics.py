@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from bnnmcmc import convergence
 from bnnmcmc.convergence import bulk_ess, rank_rhat, tail_ess
 from bnnmcmc.errors import InputError
 from bnnmcmc.store import disk_errors, write_atomic
@@ -335,6 +336,50 @@ def ess(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return _bulk_ess(values), np.where(some_above, tail, np.nan)
 
 
+def nested_rhat(values: np.ndarray, superchains: np.ndarray) -> np.ndarray:
+    r"""Compare superchains: groups of chains that started at the same place, such as one member.
+
+    .. math:: \hat R_\nu = \sqrt{1 + B_\nu / W_\nu}
+
+    as in `convergence.nested_rhat`: it sees whether where a chain starts still matters, however
+    short the chains are.
+
+    Parameters
+    ----------
+    values : array (chain, draw, n)
+    superchains : int array (chain,)
+        Which superchain each chain is of.
+
+    Returns
+    -------
+    numpy array (n,)
+        NaN with fewer than 4 draws, for what never changes, and where a draw is not finite.
+
+    Raises
+    ------
+    InputError
+        Fewer than two superchains, or another number of chains in one of them.
+
+    References
+    ----------
+    Margossian et al. (2024), 2110.13017.
+    """
+    superchains = np.asarray(superchains)
+    counts = np.unique(superchains, return_counts=True)[1]
+    if len(superchains) != len(values) or len(counts) < 2 or len(set(counts.tolist())) > 1:
+        raise InputError(
+            f"superchains: found groups of {counts.tolist()} for {len(values)} chains, expected "
+            "at least two groups, with as many chains in each"
+        )
+    sequences = np.moveaxis(np.asarray(values), 2, 0)
+    return _over_sequences(convergence.nested_rhat, sequences, MIN_RHAT_DRAWS, superchains)
+
+
+def rhat_across(values: np.ndarray) -> np.ndarray:
+    """Return the rank-normalised R-hat (n,) across chains of values (chain, draw, n)."""
+    return _rhat(np.moveaxis(np.asarray(values), 2, 0))
+
+
 def _rhat(sequences: np.ndarray) -> np.ndarray:
     """Return R-hat (...) over sequences (..., sequence, draw)."""
     if sequences.shape[-2] < 2:
@@ -458,7 +503,10 @@ def chain_table(
         - acceptance_rate (mean), energy_error (mean squared energy error per dimension, EEVPD),
           divergences (sum), tree_depth_max, step_size (of the last draw), gradients (sum), rows
           (looked at, sum): None if the kernel has no such statistic;
-        - ess_log_density, ess_function_median, ess_function_min: bulk ESS;
+        - ess_log_density, ess_function_median, ess_function_min: bulk ESS; ess_function_tail: tail
+          ESS, median over every fourth of the predictions; ess_per_gradient: ess_function_median
+          (without predictions, ess_log_density) by gradients, warm-up not counted, None if the
+          kernel does not count gradients;
         - rhat_log_density, rhat_function_median, rhat_function_max, rhat_weights_max: chain-wise
           R-hat. The function columns are None without predictions.
 
@@ -473,12 +521,14 @@ def chain_table(
     density = log_density[:, :, None]
     rhat_density, ess_density = chainwise_rhat(density, parts)[:, 0], _bulk_ess(density)[:, 0]
     none: list[Any] = [None] * len(log_density)
-    ess_median = ess_least = rhat_median = rhat_worst = none
+    ess_median = ess_least = ess_tail = rhat_median = rhat_worst = none
     if functions is not None:
         chosen = _evenly_spaced(functions)
         constant, sizes, rhats = _constant(chosen), _bulk_ess(chosen), chainwise_rhat(chosen, parts)
         ess_median = _over_moving(np.median, sizes, constant)
         ess_least = _over_moving(np.min, sizes, constant)
+        few = slice(None, None, 4)
+        ess_tail = _over_moving(np.median, ess(chosen[..., few])[1], constant[:, few])
         rhat_median = _over_moving(np.median, rhats, constant)
         rhat_worst = _over_moving(np.max, rhats, constant)
 
@@ -490,6 +540,11 @@ def chain_table(
 
     def total(values: np.ndarray) -> Any:
         return np.sum(values, dtype=np.int64)
+
+    def per_gradient(chain: int) -> float | None:
+        gradients = of_chain("gradients", total, chain)
+        worth = ess_density[chain] if functions is None else ess_median[chain]
+        return float(worth) / gradients if gradients else None
 
     return [
         {
@@ -509,6 +564,8 @@ def chain_table(
             "ess_log_density": float(ess_density[chain]),
             "ess_function_median": ess_median[chain],
             "ess_function_min": ess_least[chain],
+            "ess_function_tail": ess_tail[chain],
+            "ess_per_gradient": per_gradient(chain),
             "rhat_log_density": float(rhat_density[chain]),
             "rhat_function_median": rhat_median[chain],
             "rhat_function_max": rhat_worst[chain],

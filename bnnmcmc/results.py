@@ -7,18 +7,23 @@ from typing import Any
 import jax
 import numpy as np
 
-from bnnmcmc import diagnostics, store
+from bnnmcmc import diagnostics, exploration, store, trees
 from bnnmcmc.data import target_to_units
 from bnnmcmc.pooling import effective_chains
 from bnnmcmc.prediction import in_target_units
 from bnnmcmc.predictive import draws_in_memory, pool, thinned
 from bnnmcmc.run import Run, open_inputs, scores
 from bnnmcmc.stopping import FolderInUseError, locked
+from bnnmcmc.verdict import verdict
 
 # Diagnostics look at so many draws of a chain at the most, fewer of each if there are many chains,
 # and at so many weights.
 MAX_DIAGNOSED_DRAWS, MIN_DIAGNOSED_DRAWS, TOTAL_DIAGNOSED = 4000, 100, 200_000
 MAX_DIAGNOSED_WEIGHTS = 200
+# Weights are aligned in so many draws in all, and in so many of a chain at least.
+ALIGNED_DRAWS, MIN_ALIGNED_DRAWS = 200, 20
+# Numbers in these draws; more are not aligned.
+MAX_ALIGNED_SIZE = 2e7
 QUANTILES = (0.025, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.975)
 
 
@@ -86,7 +91,8 @@ def diagnose(run: Run) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     stats = run.stats
     most = max(MIN_DIAGNOSED_DRAWS, min(MAX_DIAGNOSED_DRAWS, TOTAL_DIAGNOSED // run.draws.chains))
     every = max(1, -(-run.draws.draws // most))
-    functions = run.function_draws(every)
+    held_out = run.held_out_draws(every)
+    functions = held_out.values
     stride = max(1, -(-run.draws.layout.size // MAX_DIAGNOSED_WEIGHTS))
     # Copies: views would keep all draws in memory.
     weights = [block[..., ::stride].copy() for block in thinned(run.draws, every).blocks()]
@@ -98,7 +104,51 @@ def diagnose(run: Run) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         statuses=list(run.status),
         stopped=run.stopped,
     )
-    return table, diagnostics.run_summary(functions, stats["log_density"], table)
+    summary = diagnostics.run_summary(functions, stats["log_density"], table)
+    stopped = summary["chains_stopped"]
+    superchains = None
+    if run.members is not None:
+        superchains = exploration.superchains_of(np.asarray(trees.flatten_stacked(run.members)))
+    found = exploration.explore(
+        functions,
+        held_out.noise,
+        log_density=held_out.log_density,
+        stopped=stopped,
+        superchains=superchains,
+        seed=run.seed,
+    )
+    found = found._replace(weights=_weight_agreement(run, found))
+    said = exploration.as_json(found)
+    first, *rest = verdict(summary, table, said)
+    return table, {
+        **summary,
+        "verdict": [first, *summary["verdict"], *rest],
+        "exploration": said,
+    }
+
+
+def _weight_agreement(
+    run: Run, found: exploration.Exploration
+) -> exploration.WeightAgreement | None:
+    """Compare weights across the chains of the largest mode, or all; None if it cannot be done."""
+    network = run.posterior.network
+    if network.layers is None or found.modes is None or len(found.chains) < 2:
+        return None
+    mode = found.modes.counts[0] > 1
+    chains = found.chains[found.modes.labels == 0] if mode else found.chains
+    most = max(2, ALIGNED_DRAWS // MIN_ALIGNED_DRAWS)
+    chains = chains[np.linspace(0, len(chains) - 1, min(len(chains), most)).astype(int)]
+    every = max(1, run.draws.draws // (ALIGNED_DRAWS // len(chains)))
+    draws = -(-run.draws.draws // every)
+    work = exploration.alignment_work(network, len(chains), draws)
+    size = len(chains) * draws * run.draws.layout.size
+    if draws < MIN_ALIGNED_DRAWS or work > exploration.MAX_ASSIGNMENT or size > MAX_ALIGNED_SIZE:
+        return None
+    flat = np.concatenate([b[chains].copy() for b in thinned(run.draws, every).blocks()], axis=1)
+    if not np.isfinite(flat).all():
+        return None
+    params = trees.unflatten(flat, run.draws.layout)["network"]
+    return exploration.weight_agreement(network, params, bool(mode))
 
 
 def _write_scores(run: Run, folder: Path) -> None:

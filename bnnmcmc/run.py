@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -63,6 +63,24 @@ MAX_SAMPLED_ROWS = 5000
 NO_TARGET = Target()
 # Stored draws are handed on in pieces of about this size, however large the stored blocks are.
 PIECE_BYTES = 8 * 2**20
+
+
+class HeldOut(NamedTuple):
+    """What every draw says of a few rows.
+
+    Parameters
+    ----------
+    values : numpy array (chain, draw, n)
+        Predictive means, or class probabilities.
+    noise : numpy array (chain, n)
+        Variance of the outcome about them, mean over draws.
+    log_density : numpy array (chain, draw, row) or None
+        Log-density of the targets; None if the rows are not held out.
+    """
+
+    values: np.ndarray
+    noise: np.ndarray
+    log_density: np.ndarray | None
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -461,13 +479,38 @@ class Run:
             Predictive means (regression) or class probabilities, at most 50 rows, evenly spaced
             over the test part, else over the rows sampled on. All chains. No targets are used.
         """
-        x = self.x
+        return self.held_out_draws(every).values
+
+    def held_out_draws(self, every: int = 1) -> HeldOut:
+        """Return what each draw says of a few held-out rows, for diagnostics.
+
+        Parameters
+        ----------
+        every : int
+            Keep every so many draws.
+
+        Returns
+        -------
+        HeldOut
+            ``values`` as `function_draws` returns them.
+        """
+        x, y = self.x, None
         if self.dataset is not None and len(self.dataset.test):
-            x = self.dataset.x[self.dataset.test]
-        few = x[:: max(1, -(-len(x) // MAX_FUNCTION_ROWS))]
-        found = per_draw(self.posterior, thinned(self.draws, every), few)
-        values = found["mean"] if "mean" in found else found["probabilities"][..., 1:]
-        return values.reshape(*values.shape[:2], -1)
+            x, y = (part[self.dataset.test] for part in (self.dataset.x, self.dataset.y))
+        stride = max(1, -(-len(x) // MAX_FUNCTION_ROWS))
+        few = None if y is None else y[::stride]
+        found = per_draw(self.posterior, thinned(self.draws, every), x[::stride], few)
+        if "mean" in found:
+            values = found["mean"]
+            variance = found["variance"].reshape(*values.shape[:2], -1)
+            with np.errstate(invalid="ignore"):
+                noise = variance.mean(axis=1, dtype=np.float64)
+        else:
+            values = found["probabilities"][..., 1:]
+            share = values.mean(axis=1, dtype=np.float64)
+            noise = (share * (1 - share)).reshape(len(values), -1)
+        values = values.reshape(*values.shape[:2], -1)
+        return HeldOut(values, noise, found.get("log_density"))
 
     def input_scales(self) -> dict[str, np.ndarray]:
         """Return the scales of the inputs' weights under a horseshoe prior, of all chains.

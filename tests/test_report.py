@@ -673,3 +673,47 @@ def test_browser_sorts_and_loads_without_complaint(finished, page, tmp_path):
     assert down == up[::-1]
     assert up[0] != up[-1]
     assert order == "descending"
+
+
+# --- modes ----------------------------------------------------------------------------------
+
+
+def explored(folder, labels):
+    """Put what `exploration` finds of chains in these modes into a run folder."""
+    from bnnmcmc.exploration import as_json, explore
+
+    rng = np.random.default_rng(0)
+    places = 5 * np.random.default_rng(99).normal(size=(9, 12))
+    functions = places[list(labels)][:, None] + rng.normal(size=(len(labels), 60, 12))
+    noise = np.ones((len(labels), 12))
+    found = explore(functions, noise, log_density=-0.5 * np.square(functions))
+    path = folder / "diagnostics.json"
+    content = json.loads(path.read_text()) if path.exists() else {"verdict": []}
+    content["verdict"].insert(0, "Verdict: converged within each chain, but not across them.")
+    write_json(path, {**content, "exploration": as_json(found)})
+    return found
+
+
+def test_the_section_on_modes(tmp_path):
+    folder = make_run(tmp_path / "run")
+    page = write_report(folder).read_text()
+    assert "<h2>Modes</h2>" not in page  # a folder of an older version
+    explored(folder, [0, 1, 0, 0, 1, 2])
+    page = write_report(folder).read_text()
+    assert "<h2>Modes</h2>" in page
+    section = page[page.index("<h2>Modes</h2>") : page.index("<h2>Figures</h2>")]
+    rows = re.findall(r'<tr><th scope="row">(.*?)</th><td>(.*?)</td><td>(.*?)</td>', section)
+    assert rows == [("1", "3", "50.0 %"), ("2", "2", "33.3 %"), ("3", "1", "16.7 %")]
+    assert "6 chains in 3 modes" in section
+    assert section.count("<svg") == 2
+    assert "The last doubling of draws" in section
+    assert '<span class="mark note">note</span><span>Verdict: converged within each' in page
+
+
+def test_modes_that_are_damaged_are_named(tmp_path):
+    folder = make_run(tmp_path / "run")
+    write_json(
+        folder / "diagnostics.json", {"verdict": [], "exploration": {"modes": {"chains": [1, 2]}}}
+    )
+    page = write_report(folder).read_text()
+    assert "diagnostics.json does not hold what it should" in page

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from bnnmcmc.errors import InputError
-from bnnmcmc.models.network import Network
+from bnnmcmc.models.network import Layers, Network
 
 # Tables are filled up with empty rows to a multiple of this, the floats of the widest CPU register:
 # products over rows then have no ragged end.
@@ -162,4 +162,4 @@ def mlp(
             h = z + h if skip and sizes[i] == sizes[i + 1] else z
         raise AssertionError("an MLP has at least one layer")
 
-    return Network(init, apply)
+    return Network(init, apply, Layers(sizes, activation, skip))

@@ -193,7 +193,7 @@ def training(history: np.ndarray, epochs: np.ndarray, best_epoch: np.ndarray) ->
         else ("median and 5 to 95 % band over the members still training")
     )
     alt = f"Loss against epoch, {' and '.join(label for _, label, _ in kinds)}: {how}."
-    return Plot("Training of the ensemble", takeaway, alt, _svg("training", draw))
+    return Plot("Training of the ensemble", takeaway, alt, svg("training", draw))
 
 
 def step_size(values: np.ndarray, failed: Sequence[int], steps: int) -> Plot:
@@ -233,7 +233,7 @@ def step_size(values: np.ndarray, failed: Sequence[int], steps: int) -> Plot:
             f"warm-up they change by {percent(change)} (median)."
         )
     alt = f"Step size on a log axis against the warm-up, {_how(chains)}."
-    return Plot("Warm-up: step size", takeaway, alt, _svg("step-size", draw))
+    return Plot("Warm-up: step size", takeaway, alt, svg("step-size", draw))
 
 
 def log_density(values: np.ndarray, failed: Sequence[int], wide: bool = False) -> Plot:
@@ -287,7 +287,7 @@ def log_density(values: np.ndarray, failed: Sequence[int], wide: bool = False) -
         takeaway += f" Outside the figure: chain{'s' if len(off) > 1 else ''} {names}."
     takeaway = takeaway.strip() or f"{plural(draws, 'draw')} so far, too few to judge a trend."
     alt = f"Log-density against draw, {_how(chains)}."
-    return Plot("Sampling: log-density", takeaway, alt, _svg("log-density", draw, wide), wide)
+    return Plot("Sampling: log-density", takeaway, alt, svg("log-density", draw, wide), wide)
 
 
 def predicted(
@@ -361,7 +361,7 @@ def predicted(
         f"{plural(rows, 'test row')}, with the diagonal."
     )
     title = f"Predicted against observed: {target}"
-    return Plot(title, takeaway, alt, _svg(f"predicted-{target}", draw))
+    return Plot(title, takeaway, alt, svg(f"predicted-{target}", draw))
 
 
 def reliability(y: np.ndarray, probabilities: np.ndarray, bins: int = 10) -> Plot:
@@ -426,7 +426,7 @@ def reliability(y: np.ndarray, probabilities: np.ndarray, bins: int = 10) -> Plo
         "Share of correct predictions against the probability of the predicted class, in "
         f"{plural(len(used), 'bin')} with 95 % intervals, with the diagonal and the count per bin."
     )
-    return Plot("Reliability", takeaway, alt, _svg("reliability", draw))
+    return Plot("Reliability", takeaway, alt, svg("reliability", draw))
 
 
 def coverage(scores: Mapping[str, Mapping[str, float]], rows: int) -> Plot:
@@ -492,7 +492,7 @@ def coverage(scores: Mapping[str, Mapping[str, float]], rows: int) -> Plot:
         "Observed against nominal coverage of the central intervals, with the diagonal: "
         + ", ".join(labels[name] for name in scores if name in labels)
     )
-    return Plot("Coverage of the intervals", takeaway, alt + ".", _svg("coverage", draw))
+    return Plot("Coverage of the intervals", takeaway, alt + ".", svg("coverage", draw))
 
 
 def coverage_levels(scores: Mapping[str, float]) -> list[int]:
@@ -561,7 +561,7 @@ def _not_finite(values: np.ndarray, name: str) -> str:
     return f"{plural(len(bad), 'chain')} with a {name} that is not finite ({listed}){left_out}."
 
 
-def _svg(name: str, draw: Callable[[Any], None], wide: bool = False) -> str:
+def svg(name: str, draw: Callable[[Any], None], wide: bool = False) -> str:
     """Draw on one pair of axes; return an SVG element without any address or fixed colour."""
     with matplotlib.rc_context({**STYLE, "svg.hashsalt": name}), warnings.catch_warnings():
         # The browser has glyphs that the font used for measuring lacks.

@@ -17,7 +17,7 @@ import tomli_w
 import zarr
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from bnnmcmc.report import figures
+from bnnmcmc.report import figures, modes
 from bnnmcmc.report.figures import Plot, number, percent, plural
 from bnnmcmc.store import read_arrays, read_manifest, write_atomic
 from bnnmcmc.targets import is_met, say_outcome, target_of
@@ -73,6 +73,15 @@ COLUMNS = {
         "effective sample size of the predictions, median over predictions",
     ),
     "ess_function_min": ("ESS function min", "the same, smallest over predictions"),
+    "ess_function_tail": (
+        "tail ESS",
+        "the smaller effective sample size of the predictions' 5 % and 95 % quantiles, median over "
+        "predictions",
+    ),
+    "ess_per_gradient": (
+        "ESS per gradient",
+        "effective sample size of the predictions by gradients while sampling",
+    ),
     "rhat_function_median": (
         "R-hat function",
         "chain-wise R-hat of the predictions (the chain split into parts), median over "
@@ -253,6 +262,7 @@ def render(run: RunFolder) -> str:
     manifest = run.manifest
     broken: list[str] = []
     plots = all_plots(run, broken)
+    seen = _modes(run, broken)
     return environment.get_template("template.html").render(
         title=manifest.get("name") or run.folder.name,
         subtitle=_subtitle(run),
@@ -261,6 +271,7 @@ def render(run: RunFolder) -> str:
         scores=score_groups(run.metrics),
         scores_note=_scores_note(run),
         chains=chain_table(run),
+        modes=seen,
         plots=plots,
         facts=facts(run),
         seconds=_seconds(manifest.get("seconds") or {}),
@@ -355,12 +366,19 @@ def verdict(run: RunFolder) -> list[Sentence]:
     sentences += _chains_said(run)
     for text in (run.diagnostics or {}).get("verdict") or []:
         if "have status ok" not in text:  # said above, with what the scores pool
-            sentences.append(Sentence("info", str(text)))
+            sentences.append(Sentence(_level(str(text)), str(text)))
     sentences += [Sentence("note", f"Note: {text}.") for text in run.manifest.get("notes") or []]
     if run.missing:
         level = "bad" if run.manifest.get("stage") == "done" else "note"
         sentences.append(Sentence(level, f"Missing: {', '.join(run.missing)}."))
     return sentences
+
+
+def _level(text: str) -> str:
+    """Return the level of a sentence of the diagnostics: the verdict's is good, a note or bad."""
+    levels = {"converged:": "good", "nearly": "good", "converged": "note", "not": "bad"}
+    words = text.removeprefix("Verdict: ").split()
+    return levels.get(words[0], "note") if text.startswith("Verdict: ") and words else "info"
 
 
 def _progress(run: RunFolder) -> list[Sentence]:
@@ -675,6 +693,16 @@ def _diagnostic(name: str, value: Any) -> str:
             if name.startswith(start) and name != "log_density_drift":
                 return f"{value:,.{decimals}f}".replace("-", "−")
     return number(value)
+
+
+def _modes(run: RunFolder, broken: list[str]) -> dict[str, Any] | None:
+    """Return the section on modes (see `modes.section`)."""
+    try:
+        with np.errstate(all="ignore"):
+            return modes.section(run.diagnostics)
+    except (KeyError, IndexError, ValueError, TypeError, AttributeError) as error:
+        broken.append(f"diagnostics.json does not hold what it should: {error!r}.")
+        return None
 
 
 def all_plots(run: RunFolder, broken: list[str]) -> list[Plot]:

@@ -1,0 +1,1 @@
+"""Symmetries of networks: transformations of the weights that leave the function unchanged."""
