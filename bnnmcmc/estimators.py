@@ -257,7 +257,7 @@ class _BNN(BaseEstimator):
             classes = np.asarray(classes)[present]
             if len(classes) < 2:
                 raise InputError(
-                    f"y: found only one class, {classes[0]!r}, expected at least two classes"
+                    f"y: found only one class, {classes.tolist()[0]!r}, expected at least two classes"
                 )
             targets = targets.assign(**{targets.columns[0]: codes})
             self.classes_ = classes
