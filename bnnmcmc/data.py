@@ -1479,7 +1479,7 @@ def _absent_classes(
 
 def _gaps(values: np.ndarray, categories: tuple[str, ...] | None) -> np.ndarray:
     """Return (rows,) where a number is NaN, or the index of a category -1."""
-    return np.isnan(values) if categories is None else values < 0
+    return np.isnan(values) if categories is None else values == -1
 
 
 def _encode(feature: FeatureColumn, values: np.ndarray) -> np.ndarray:
@@ -1831,7 +1831,7 @@ def _warn_unseen(message: str) -> None:
 def _known_codes(
     table: Table, name: str, labels: Sequence[str], what: str, tolerant: bool = False
 ) -> np.ndarray:
-    """Return (rows,) indices into the labels of the training table, -1 where there is none."""
+    """Return (rows,) indices into the labels of training; -1 where missing, -2 where unseen."""
     codes, levels = _levels(table.frame[name])
     _check_levels(table, name, codes, tolerant)
     index = {label: i for i, label in enumerate(labels)}
@@ -1848,6 +1848,7 @@ def _known_codes(
         if not tolerant:
             raise InputError(f"{found}expected one of {_listed(labels)}")
         _warn_unseen(f"{found}encoded as 0 in all columns of its categories")
+        known = np.where(unseen, -2, known)
     return known
 
 

@@ -256,8 +256,9 @@ class _BNN(BaseEstimator):
             present, codes = np.unique(targets.iloc[:, 0].to_numpy(), return_inverse=True)
             classes = np.asarray(classes)[present]
             if len(classes) < 2:
+                only = classes.tolist()[0]
                 raise InputError(
-                    f"y: found only one class, {classes[0]!r}, expected at least two classes"
+                    f"y: found only one class, {only!r}, expected at least two classes"
                 )
             targets = targets.assign(**{targets.columns[0]: codes})
             self.classes_ = classes

@@ -8,7 +8,7 @@ the same model and shapes.
 import json
 import time
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -349,7 +349,7 @@ def _warm_up(config, dataset, steps, starts, data, placement, deadline, console,
                         each,
                         done,
                         left,
-                        lambda cold=cold: 2 * cold,
+                        partial(float, 2 * cold),
                     )
                     if plan is not None:
                         update(done, "planned anew for the time budget", finished=True)

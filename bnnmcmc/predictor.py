@@ -127,7 +127,7 @@ def save(file: str | Path, run: "Run", described: dict[str, Any], draws: int | N
     flat = _plain_parameters(run.posterior, kept.layout, flat)
     of = trees.layout(position_shapes(posterior))
     found = trees.layout(jax.eval_shape(run.posterior.init, jax.random.key(0)))
-    if of != found or not _same_outputs(run, posterior, flat[0, 0], of):
+    if of != found or not _same_density(run, posterior, flat[0, 0], of):
         raise InputError(
             f"save: {described} does not describe this run's network; its parameters are "
             f"{_shapes(found)}, those of the description {_shapes(of)}"
@@ -234,18 +234,19 @@ def _plain_parameters(posterior: Posterior, of: trees.Layout, flat: np.ndarray) 
     return np.asarray(jax.jit(jax.vmap(jax.vmap(plain)))(flat))
 
 
-def _same_outputs(run: "Run", posterior: Posterior, flat: np.ndarray, of: trees.Layout) -> bool:
-    """Tell whether the described network computes what the run's does, on a few rows."""
+def _same_density(run: "Run", posterior: Posterior, flat: np.ndarray, of: trees.Layout) -> bool:
+    """Tell whether the described network and likelihood are the run's, by a few rows of it."""
     position = trees.unflatten(jnp.asarray(flat), of)
-    x = jnp.asarray(np.asarray(run.x)[:5], jnp.result_type(float))
-    outputs = [each.network.apply(position["network"], x) for each in (run.posterior, posterior)]
-    dists = [
-        p.likelihood.distribution(position["likelihood"], out)
-        for p, out in zip((run.posterior, posterior), outputs, strict=True)
-    ]
-    same_kind = type(dists[0]) is type(dists[1])
-    first, second = (np.asarray(out) for out in outputs)
-    return same_kind and np.allclose(first, second, rtol=1e-5, atol=1e-6, equal_nan=True)
+    x, y = (jnp.asarray(np.asarray(part)[:5]) for part in (run.x, run.y))
+    x, densities = x.astype(jnp.result_type(float)), []
+    for each in (run.posterior, posterior):
+        outputs = each.network.apply(position["network"], x)
+        if outputs.shape[1] != posterior.likelihood.num_outputs:
+            return False
+        distribution = each.likelihood.distribution(position["likelihood"], outputs)
+        densities.append(np.asarray(distribution.log_prob(y)))
+    first, second = densities
+    return np.allclose(first, second, rtol=1e-4, atol=1e-5, equal_nan=True)
 
 
 def _bare(run: "Run") -> Encoding:

@@ -70,7 +70,6 @@ ONLY_IN = {
     },
     "bnnmcmc.pipeline": {"cli"},
     "bnnmcmc.cli": {"__main__"},
-    "bnnmcmc.estimators": set(),
     "narwhals": {"estimators"},
 }
 

@@ -250,3 +250,20 @@ def test_activations_grow_with_rows_and_widths_alone():
 def test_a_chunk_without_rows_is_refused():
     with pytest.raises(InputError, match="row_chunk: found 0, expected at least 1"):
         replace(make(), row_chunk=0)
+
+
+@pytest.mark.parametrize("row_chunk", [None, 7])
+def test_a_row_of_weight_two_is_two_rows(row_chunk):
+    posterior = Posterior(mlp(3, [5], 2), gaussian(), normal(), row_chunk)
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(20, 3)), jnp.float32)
+    y = jnp.asarray(rng.normal(size=(20, 1)), jnp.float32)
+    counts = rng.integers(0, 4, 20)
+    position = posterior.init(jax.random.key(0))
+    weights = jnp.asarray(counts, jnp.float32)
+    repeated = np.repeat(np.arange(20), counts)
+    found = jax.value_and_grad(posterior.log_density)(position, x, y, weights)
+    expected = jax.value_and_grad(posterior.log_density)(position, x[repeated], y[repeated])
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), found, expected
+    )

@@ -24,6 +24,17 @@ np.save(sys.argv[3], values)
 """
 
 
+@pytest.fixture(scope="module")
+def fitted(tmp_path_factory):
+    """A fitted estimator without gaps, and its predictor with all draws."""
+    frame, price = houses()
+    frame = frame.assign(size=frame["size"].fillna(100.0), city=frame["city"].fillna("Ulm"))
+    model = bnnmcmc.BNNRegressor(**{**TINY, "chains": 2}).fit(frame, price)
+    file = tmp_path_factory.mktemp("fitted") / "model.bnn"
+    model.save(file, draws=None)
+    return model, frame, file
+
+
 def in_fresh_process(file, rows, folder):
     rows.to_parquet(folder / "rows.parquet")
     subprocess.run(
@@ -60,13 +71,12 @@ def test_estimators_predict_the_same(tmp_path):
     assert "20 draws" in repr(predictor)
 
 
-def test_draws_are_thinned_evenly(finished, tmp_path):
-    run = bnnmcmc.Run.open(finished / "run")
-    rows = pd.read_csv(finished / "table.csv")
-    run.save(tmp_path / "model.bnn", draws=24)  # 3 chains of 40: every fifth
+def test_draws_are_thinned_evenly(fitted, tmp_path):
+    model, rows, _ = fitted
+    model.save(tmp_path / "model.bnn", draws=9)  # 2 chains of 20: every fifth
     predictor = bnnmcmc.load(tmp_path / "model.bnn")
-    assert (predictor.draws.chains, predictor.draws.draws) == (3, 8)
-    kept = np.concatenate(list(thinned(run.pooled_draws, 5).blocks()), axis=1)
+    assert (predictor.draws.chains, predictor.draws.draws) == (2, 4)
+    kept = np.concatenate(list(thinned(model.run_.pooled_draws, 5).blocks()), axis=1)
     np.testing.assert_array_equal(next(iter(predictor.draws.blocks())), kept)
     assert np.all(np.isfinite(predictor.predict(rows).mean))
 
@@ -103,13 +113,13 @@ def test_runs_made_in_python_say_how_they_are_built(tmp_path):
     np.testing.assert_array_equal(bnnmcmc.load(file).predict(x).mean, run.predict(x).mean)
 
 
-def test_files_that_are_no_predictor(finished, tmp_path):
+def test_files_that_are_no_predictor(fitted, tmp_path):
     with pytest.raises(bnnmcmc.InputError, match="no such file"):
         bnnmcmc.load(tmp_path / "none.bnn")
     (tmp_path / "text.bnn").write_text("hello")
     with pytest.raises(bnnmcmc.InputError, match=r"not a predictor written by Run\.save"):
         bnnmcmc.load(tmp_path / "text.bnn")
-    run = bnnmcmc.Run.open(finished / "run")
+    run = fitted[0].run_
     run.save(tmp_path / "model.bnn")
     whole = (tmp_path / "model.bnn").read_bytes()
     (tmp_path / "cut.bnn").write_bytes(whole[: len(whole) // 2])
@@ -127,20 +137,18 @@ def test_files_that_are_no_predictor(finished, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["csv", "parquet"])
-def test_command_predicts_in_pieces(finished, here, tmp_path, monkeypatch, kind):
-    run = bnnmcmc.Run.open(finished / "run")
-    run.save(tmp_path / "model.bnn", draws=None)
-    rows = pd.read_csv(finished / "table.csv").drop(columns="y")
+def test_command_predicts_in_pieces(fitted, here, tmp_path, monkeypatch, kind):
+    model, rows, file = fitted
     rows = rows.sample(200, replace=True, random_state=0, ignore_index=True)
     if kind == "csv":
         rows.to_csv(tmp_path / "rows.csv", index=False)
     else:
         rows.to_parquet(tmp_path / "rows.parquet", index=False)
-    expected = run.predict(rows).to_frame(0.8)
+    expected = model.run_.predict(rows).to_frame(0.8)
     monkeypatch.setattr("bnnmcmc.rows.READ_ROWS", 64)
     other = {"csv": "parquet", "parquet": "csv"}[kind]
     arguments = (f"rows.{kind}", "--out", f"out.{other}", "--level", "0.8")
-    code, _, err = here("predict", "model.bnn", *arguments, cwd=tmp_path)
+    code, _, err = here("predict", file, *arguments, cwd=tmp_path)
     assert code == 0, err
     assert "200 rows, " in err
     assert "rows/s" in err
@@ -150,14 +158,14 @@ def test_command_predicts_in_pieces(finished, here, tmp_path, monkeypatch, kind)
     assert not list(tmp_path.glob(".*partial"))
 
 
-def test_a_bad_cell_in_a_late_piece_leaves_no_file(finished, here, tmp_path, monkeypatch):
+def test_a_bad_cell_in_a_late_piece_leaves_no_file(fitted, here, tmp_path, monkeypatch):
     monkeypatch.setattr("bnnmcmc.rows.READ_ROWS", 20)
-    rows = pd.read_csv(finished / "table.csv").astype({"a": object})
-    rows.loc[33, "a"] = "many"
+    rows = fitted[1].astype({"age": object})
+    rows.loc[33, "age"] = "many"
     rows.to_csv(tmp_path / "rows.csv", index=False)
-    code, _, err = here("predict", finished / "run", "rows.csv", "--out", "o.csv", cwd=tmp_path)
+    code, _, err = here("predict", fitted[2], "rows.csv", "--out", "o.csv", cwd=tmp_path)
     assert code == 2
-    assert "rows.csv, line 35, column 'a': found 'many', expected a number" in err
+    assert "rows.csv, line 35, column 'age': found 'many', expected a number" in err
     assert not list(tmp_path.glob("*o.csv*"))
 
 
