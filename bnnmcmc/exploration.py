@@ -66,7 +66,7 @@ class Exploration(NamedTuple):
     copies : list of lists of int
         Chains with the very same draws; each but the first is left out of the modes' counts.
     modes : Modes or None
-        Of ``chains`` without copies; None with too few draws.
+        Of ``chains`` without copies and without those that are not finite; None with too few draws.
     unseen : Unseen or None
     rhat_within : float or None
         R-hat of predictions across the chains of a mode, median over predictions, the largest of
@@ -143,7 +143,10 @@ def explore(
     if draws < MIN_ESS_DRAWS or len(chains) == 0:
         return found
     again = [chain for group in copies for chain in group[1:]]
-    kept = ~np.isin(chains, again)
+    # A chain that is not finite is in no mode; its status says what happened.
+    kept = ~np.isin(chains, again) & finite
+    if not kept.any():
+        return found
     values, chains = values[kept], chains[kept]
     sizes = prediction_ess(values)
     with np.errstate(divide="ignore", invalid="ignore"):

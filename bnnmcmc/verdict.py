@@ -9,6 +9,8 @@ from bnnmcmc.modes import UNSEEN_GOAL, Unseen, say_unseen
 RHAT_LIMIT = 1.1
 # A pool that gains less than this from twice its size is large enough, in nats per row.
 SMALL_GAIN = 0.005
+# With so many draws R-hat can be computed, if they are finite.
+ENOUGH_DRAWS = 40
 # A typical prediction's mean and spread want so many independent draws.
 ENOUGH_ESS = 100
 # A trend of the log-density, in its standard deviations within the chain; a straight climb is 2.6.
@@ -58,6 +60,8 @@ def _judge(summary, table, found) -> str:
     drifting = summary["chains_drifting"]
     judged = going - len(undefined) - len(found["frozen"])
     if judged <= 0 and not found["frozen"]:
+        if summary["draws"] >= ENOUGH_DRAWS:
+            return "Verdict: there is nothing to judge, no chain has finite draws that change."
         return (
             f"Verdict: {summary['draws']} draws per chain are too few to say whether the chains "
             "have settled; draw 100 or more."
@@ -70,6 +74,12 @@ def _judge(summary, table, found) -> str:
     elif drifting or found["frozen"]:
         bad = len(drifting) + len(found["frozen"])
         head = f"not converged: {bad} of {going} chains have not settled"
+    elif undefined:
+        return (
+            f"Verdict: {judged} of {going} chains have settled; of {len(undefined)} nothing can be "
+            "said (see their status), nor whether the chains agree. What helps: a smaller step "
+            "size, or a prior and scaling with which every chain stays finite and moves."
+        )
     elif _agree(summary, found):
         head = f"converged: all {judged} chains have settled, and they agree"
         if going == 1:

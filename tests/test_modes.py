@@ -116,13 +116,14 @@ def test_chains_that_differ_by_their_noise_only_are_one_mode():
     rng = np.random.default_rng(0)
     found = modes_of(planted(rng, np.zeros(30, int), draws=50))
     assert found.counts.tolist() == [30]
-    # Correlated draws: their mean's error is larger than it seems, so it is passed.
-    steps = rng.normal(size=(8, 400, 20))
-    for t in range(1, 400):
-        steps[:, t] = 0.95 * steps[:, t - 1] + np.sqrt(1 - 0.95**2) * steps[:, t]
-    variances = steps.var(axis=1, ddof=1)
-    error = variances * (1.95 / 0.05) / 400
-    found = modes.find_modes(modes.function_distances(steps.mean(axis=1), variances, error))
+    # Correlated draws: their means differ by 0.8 deviations, which is their error, passed as such.
+    steps, rho = rng.normal(size=(8, 300, 100)), 0.98
+    for t in range(1, 300):
+        steps[:, t] = rho * steps[:, t - 1] + np.sqrt(1 - rho**2) * steps[:, t]
+    error = np.full((8, 100), (1 + rho) / (1 - rho) / 300)
+    means, ones = steps.mean(axis=1), np.ones((8, 100))
+    assert modes.find_modes(modes.function_distances(means, ones, 0 * error)).counts.max() < 8
+    found = modes.find_modes(modes.function_distances(means, ones, error))
     assert found.counts.tolist() == [8]
 
 

@@ -143,6 +143,18 @@ def test_few_effective_draws_and_too_few_draws():
     assert said["modes"] is None
 
 
+def test_chains_that_are_not_finite():
+    functions = settled()
+    functions[3] = np.nan
+    sentences, said, _ = judge(functions)
+    assert said["modes"]["counts"] == [9]
+    assert 3 not in said["modes"]["chains"]
+    assert sentences[0].startswith("Verdict: 9 of 10 chains have settled; of 1 nothing can be said")
+    sentences, said, _ = judge(np.full_like(functions, np.nan))
+    assert sentences[0].startswith("Verdict: there is nothing to judge, no chain has finite draws")
+    assert said["modes"] is None
+
+
 def test_one_chain_and_no_held_out_rows():
     assert "What helps: more chains, 10 or so" in judge(settled((0,)))[0][0]
     sentences, said, _ = judge(settled((0, 1, 2)), rows=False)

@@ -376,7 +376,8 @@ def verdict(run: RunFolder) -> list[Sentence]:
 
 def _level(text: str) -> str:
     """Return the level of a sentence of the diagnostics: the verdict's is good, a note or bad."""
-    levels = {"converged:": "good", "nearly": "good", "converged": "note", "not": "bad"}
+    # Of others, such as too few draws: a note.
+    levels = {"converged:": "good", "nearly": "good", "not": "bad"}
     words = text.removeprefix("Verdict: ").split()
     return levels.get(words[0], "note") if text.startswith("Verdict: ") and words else "info"
 
