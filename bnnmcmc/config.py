@@ -336,6 +336,17 @@ class MCLMCConfig(SamplerSection):
         'that, but none with tuning = "mile"',
     )
     damping: Damping = DAMPING
+    settle: bool = Field(
+        default=False,
+        description="end a chain's warm-up early, once its log-density and step size have settled",
+    )
+
+    @field_validator("settle")
+    @classmethod
+    def _is_not_published(cls, value, info):
+        if value and info.data.get("tuning") == "mile":
+            raise ValueError('does not go with tuning = "mile", which runs its length; remove it')
+        return value
 
     @field_validator("metric")
     @classmethod

@@ -12,6 +12,7 @@ from bnnmcmc.errors import InputError
 from bnnmcmc.samplers import kronecker
 from bnnmcmc.samplers.kernel import Kernel, LogDensity, Warmup
 from bnnmcmc.samplers.options import check_positive
+from bnnmcmc.samplers.settled import until_settled
 
 INTEGRATORS = {
     "leapfrog": (integrators.velocity_verlet_coefficients, 1),
@@ -153,6 +154,7 @@ def mclmc(
     tuning: str = "averaged",
     metric: str = "auto",
     damping: float = 1000.0,
+    settle: bool = False,
 ) -> Kernel:
     r"""Build unadjusted MCLMC, tuned per chain as in MILE, or nearly so.
 
@@ -237,6 +239,9 @@ def mclmc(
     damping : float
         Curvature (of the log-density) from which on the metric scales directions. Those of the
         prior alone have one over the squared prior scale.
+    settle : bool
+        Whether a chain skips what is left of the first eight tenths of its warm-up once its
+        log-density and step size have settled (`until_settled`). Not with the published tuning.
 
     Returns
     -------
@@ -271,6 +276,11 @@ def mclmc(
         raise InputError(
             'sampler.metric: found "kronecker" with tuning = "mile", which is as published and has '
             "none; remove one of the two"
+        )
+    if published and settle:
+        raise InputError(
+            'sampler.settle: found true with tuning = "mile", which runs its length; remove one of '
+            "the two"
         )
     gradients = INTEGRATORS[integrator][1]
 
@@ -325,7 +335,7 @@ def mclmc(
             )
 
         def warmup(num_steps: int) -> Warmup:
-            return mile_warmup(
+            rules = mile_warmup(
                 step,
                 num_steps,
                 energy_variance_start,
@@ -335,6 +345,9 @@ def mclmc(
                 matrices,
                 damping,
             )
+            if not settle:
+                return rules
+            return until_settled(rules, num_steps, first_phase(num_steps), _no_info)
 
         return Kernel(
             "mclmc",
@@ -349,6 +362,16 @@ def mclmc(
         )
 
     return for_matrices(())
+
+
+def _no_info(position: jax.Array) -> MCLMCInfo:
+    zero, nought = jnp.zeros((), position.dtype), jnp.zeros((), jnp.int32)
+    return MCLMCInfo(zero, zero, zero, jnp.asarray(False), nought, zero, zero)
+
+
+def first_phase(num_steps: int) -> int:
+    """Return after how many steps of a warm-up the moments of the position are taken."""
+    return round(0.8 * num_steps)
 
 
 def renewal_steps(num_steps: int) -> list[int]:
@@ -390,7 +413,7 @@ def mile_warmup(
     refused : callable
         ``refused(info) -> bool``: whether a step was taken back.
     """
-    end_step_size = round(0.8 * num_steps)
+    end_step_size = first_phase(num_steps)
     end_moments = round(0.9 * num_steps)
     tuning_draws = num_steps - end_moments
     every = max(1, -(-tuning_draws // MAX_TUNING_DRAWS))

@@ -72,7 +72,8 @@ def measure(settings: Settings) -> dict[str, Any]:
         return float(np.mean(jax.nn.logsumexp(each, axis=0) - jnp.log(len(each))))
 
     rows = [{"what": "blackjax, window_adaptation", **of_blackjax(log_density, starts, x, y, size)}]
-    ours = [
+    shallow = {"adaptation": "network", "max_depth": size.depth - 2}
+    ours: list[tuple[str, int, dict[str, Any]]] = [
         ("window, diagonal", size.trees, {}),
         ("network, diagonal", size.walk + size.trees, {"adaptation": "network"}),
         (
@@ -80,10 +81,11 @@ def measure(settings: Settings) -> dict[str, Any]:
             size.walk + size.trees,
             {"adaptation": "network", "metric": "low_rank", "max_rank": 3 if quick else 100},
         ),
+        ("network, diagonal, depth - 2", size.walk + size.trees, shallow),
         (
-            "network, diagonal, depth - 2",
+            "network, diagonal, depth - 2, acceptance of blackjax",
             size.walk + size.trees,
-            {"adaptation": "network", "max_depth": size.depth - 2},
+            shallow | {"target_acceptance": float(np.mean(rows[0]["acceptance"]))},
         ),
     ]
     for name, warmup, options in ours:
