@@ -328,8 +328,13 @@ class Run:
         values = values.reshape(*values.shape[:2], -1)
         return HeldOut(values, noise, found.get("log_density"))
 
-    def input_scales(self) -> dict[str, np.ndarray]:
+    def input_scales(self, every: int = 1) -> dict[str, np.ndarray]:
         """Return the scales of the inputs' weights under a horseshoe prior, of all chains.
+
+        Parameters
+        ----------
+        every : int
+            Keep every so many draws.
 
         Returns
         -------
@@ -345,7 +350,13 @@ class Run:
         if hierarchy is None or hierarchy.input_scales is None:
             raise InputError('input_scales: the prior has none; use [prior] inputs = "horseshoe"')
         of = jax.vmap(jax.vmap(hierarchy.input_scales))
-        found = np.asarray(of(self.load_draws()["prior"]))
+        found = np.concatenate(
+            [
+                np.asarray(of(trees.unflatten(block, self.draws.layout)["prior"]))
+                for block in thinned(self.draws, every).blocks()
+            ],
+            axis=1,
+        )
         names = [f"x{i}" for i in range(1, found.shape[-1] + 1)]
         if self.encoding is not None and len(self.encoding.feature_names) == len(names):
             names = list(self.encoding.feature_names)

@@ -45,7 +45,18 @@ MAY_IMPORT = {
     "verdict": {"modes"},
     "diagnostics": {"convergence", "store", "metrics", "symmetry", "health", "trees"},
     "targets": {"diagnostics"},
-    "report": {"report", "diagnostics", "metrics", "health", "store", "targets"},
+    "comparison": {"store"},
+    "live": {"store"},
+    "report": {
+        "report",
+        "comparison",
+        "diagnostics",
+        "metrics",
+        "health",
+        "live",
+        "store",
+        "targets",
+    },
 }
 
 # Who alone may import these, of ours and of others.
@@ -70,12 +81,14 @@ ONLY_IN = {
 WITHOUT_JAX = {
     "__init__",
     "cli",
+    "comparison",
     "config",
     "convergence",
     "data",
     "errors",
     "health",
     "inputs",
+    "live",
     "metrics",
     "modes",
     "processes",

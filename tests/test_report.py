@@ -13,7 +13,8 @@ import tomli_w
 
 from bnnmcmc.errors import InputError
 from bnnmcmc.report import figures
-from bnnmcmc.report.page import read_run, write_report
+from bnnmcmc.report.folder import read_run
+from bnnmcmc.report.page import write_report
 from bnnmcmc.store import append, create_arrays, write_arrays, write_json
 
 VOID = {"meta", "br", "hr", "img", "input", "link"}
