@@ -450,7 +450,7 @@ def _say_score(comparison: Comparison, name: str, results: list[Result]) -> str:
     tied = [names[i] for i, result in enumerate(results) if result.mark == "tie"]
     worse = [names[i] for i, result in enumerate(results) if result.mark == "worse"]
     unknown = [names[i] for i, result in enumerate(results) if not result.mark]
-    value = f"{names[best]} is best ({results[best].value:.4g})"
+    value = f"{names[best]} is best ({results[best].value:.4g})".replace("(-", "(−")
     if tied and not worse:
         text = f"{label}: a tie; {value}, but no other is farther than two standard errors from it."
     elif tied:

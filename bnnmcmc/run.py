@@ -1,6 +1,8 @@
 """A run: the draws of a posterior with all that is needed to use them."""
 
 import hashlib
+import json
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -212,6 +214,46 @@ class Run:
             f"<Run: {self.draws.chains} chains ({ok} ok) x {self.draws.draws} draws of "
             f"{self.draws.layout.size} parameters, {where}>"
         )
+
+    def _repr_html_(self) -> str:
+        """Show what the run is, its chains by status, and its verdict if it has one."""
+        from bnnmcmc.notebook import html_table
+
+        counts = Counter(chain.status for chain in self.status)
+        rows = [
+            ("chains", ", ".join(f"{count} {name}" for name, count in counts.items())),
+            ("draws", f"{self.draws.draws} from each chain"),
+            ("parameters", self.draws.layout.size),
+            ("sampled on", f"{len(self.x)} rows"),
+            ("folder", self.folder or "in memory"),
+        ]
+        said = ""
+        if self.folder is not None and (self.folder / "diagnostics.json").is_file():
+            found = json.loads((self.folder / "diagnostics.json").read_text())
+            said = (found.get("verdict") or [""])[0]
+        return html_table("Run", ("", ""), rows, said)
+
+    def report(self) -> Path:
+        """Write the report of a run folder, ``report.html``.
+
+        Returns
+        -------
+        Path
+            The file.
+
+        Raises
+        ------
+        InputError
+            A run in memory has no folder to report on.
+        """
+        from bnnmcmc.report.page import write_report
+
+        if self.folder is None:
+            raise InputError(
+                "report: a run in memory has no folder; make one with the command line, or look at "
+                "score() and to_arviz()"
+            )
+        return write_report(self.folder)
 
     def load_draws(self) -> Any:
         """Return all draws in memory: a pytree with numpy leaves (chain, draw, *leaf)."""

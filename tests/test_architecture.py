@@ -47,6 +47,7 @@ MAY_IMPORT = {
     "targets": {"diagnostics"},
     "comparison": {"store"},
     "live": {"store"},
+    "notebook": set(),
     "report": {
         "report",
         "comparison",
@@ -91,6 +92,7 @@ WITHOUT_JAX = {
     "live",
     "metrics",
     "modes",
+    "notebook",
     "processes",
     "progress",
     "report",

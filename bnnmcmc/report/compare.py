@@ -7,7 +7,7 @@ from typing import Any
 
 from bnnmcmc.comparison import SCORES, TIE, Candidate, Comparison, Result, say
 from bnnmcmc.report import html
-from bnnmcmc.report.drawing import COLOURS, Plot
+from bnnmcmc.report.drawing import COLOURS, Plot, laid_out
 from bnnmcmc.report.parts import Cell, Column, Explanation, Page, Section, Sentence, Table
 from bnnmcmc.report.text import duration, number, with_error
 from bnnmcmc.store import write_atomic
@@ -111,7 +111,7 @@ def scores(comparison: Comparison) -> Section:
     ]
     note = "Targets in their own units."
     table = Table(columns, rows, note=note, sortable=True)
-    return Section("scores", "Scores", plots=plots, tables=[table], explained=EXPLAINED)
+    return Section("scores", "Scores", plots=laid_out(plots), tables=[table], explained=EXPLAINED)
 
 
 def _score_cells(result: Result) -> list[Cell]:
@@ -119,7 +119,7 @@ def _score_cells(result: Result) -> list[Cell]:
     if result.mark and result.mark != "best":
         gap = with_error(result.difference, result.difference_error)
         gap = ("+" if result.difference > 0 else "") + gap + ("" if result.paired else " unpaired")
-    classes = {"best": "best", "tie": "best", "worse": "", "": "bad"}[result.mark]
+    classes = {"best": "best", "tie": "tie", "worse": "", "": "bad"}[result.mark]
     return [
         Cell(with_error(result.value, result.error), str(result.value), classes),
         Cell(gap, str(result.difference)),
@@ -277,5 +277,5 @@ def settings(comparison: Comparison) -> Section:
 def _setting(value: Any) -> str:
     if value is None:
         return "–"
-    text = str(value)
+    text = str(value).lower() if isinstance(value, bool) else str(value)
     return text if len(text) <= 60 else f"{text[:57]}..."

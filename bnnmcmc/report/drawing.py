@@ -3,15 +3,16 @@
 import io
 import re
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 from xml.etree import ElementTree
 
 import matplotlib
+import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 # Above so many points the marks become an image inside the SVG; axes and text stay vectors.
 MAX_VECTOR_POINTS = 20_000
@@ -90,6 +91,31 @@ class Plot:
         return _drawn(self, "png")
 
 
+def laid_out(plots: Sequence[Plot]) -> list[Plot]:
+    """Return the figures so that they fill the page, two in a row: one alone takes all of it."""
+    found: list[Plot] = []
+    waiting = False
+    for i, plot in enumerate(plots):
+        alone = not waiting and (i + 1 == len(plots) or plots[i + 1].wide)
+        found.append(replace(plot, wide=True) if alone and not plot.wide else plot)
+        waiting = not found[-1].wide and not waiting
+    return found
+
+
+def log_axis(ax, values: np.ndarray) -> None:
+    """Make the vertical axis logarithmic, with plain numbers, if any value is positive."""
+    positive = values[np.isfinite(values) & (values > 0)]
+    if not len(positive):
+        return
+    ax.set_yscale("log")
+    short = positive.max() < 100 * positive.min()
+    label = FuncFormatter(lambda v, _: f"{v:g}")
+    ax.yaxis.set_major_formatter(label)
+    # Within a decade or two the powers of ten alone are too few labels.
+    ax.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
+    ax.yaxis.set_minor_formatter(label if short else NullFormatter())
+
+
 def _drawn(plot: Plot, kind: Literal["svg", "png"]) -> bytes:
     with matplotlib.rc_context({**STYLE, "svg.hashsalt": plot.name}), warnings.catch_warnings():
         # The browser has glyphs that the font used for measuring lacks.
@@ -100,10 +126,11 @@ def _drawn(plot: Plot, kind: Literal["svg", "png"]) -> bytes:
         ax.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
         plot.draw(ax)
         buffer = io.BytesIO()
-        nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-        options = {"transparent": True, "metadata": nothing} if kind == "svg" else {}
-        # A picture alone lies on white; one that is part of the page on the page's colour.
-        figure.savefig(buffer, format=kind, dpi=180 if kind == "svg" else 130, **options)
+        if kind == "svg":
+            nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+            figure.savefig(buffer, format=kind, transparent=True, metadata=nothing, dpi=180)
+        else:  # a picture alone, which lies on white
+            figure.savefig(buffer, format=kind, dpi=130)
     return buffer.getvalue()
 
 

@@ -3,10 +3,10 @@
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter
 from scipy.stats import binomtest
 
-from bnnmcmc.report.drawing import COLOURS, MAX_VECTOR_POINTS, Plot
+from bnnmcmc.report.drawing import COLOURS, MAX_VECTOR_POINTS, Plot, log_axis
 from bnnmcmc.report.text import number, percent, plural
 
 # Up to so many chains each gets its own line; more are shown as quantile bands.
@@ -123,15 +123,7 @@ def step_size(values: np.ndarray, failed: Sequence[int], steps: int) -> Plot:
 
     def draw(ax):
         _chains(ax, x, values, failed)
-        positive = values[np.isfinite(values) & (values > 0)]
-        if len(positive):
-            ax.set_yscale("log")
-            short = positive.max() < 100 * positive.min()
-            label = FuncFormatter(lambda v, _: f"{v:g}")
-            ax.yaxis.set_major_formatter(label)
-            # Within a decade or two the powers of ten alone are too few labels.
-            ax.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
-            ax.yaxis.set_minor_formatter(label if short else NullFormatter())
+        log_axis(ax, values)
         ax.set(xlabel="warm-up step", ylabel="step size")
 
     last, before = values[:, -1], values[:, max(0, records - 1 - max(1, records // 10))]
@@ -174,8 +166,11 @@ def warmup_statistic(name: str, values: np.ndarray, failed: Sequence[int], steps
 
     def draw(ax):
         _chains(ax, x, values, failed)
-        if name != "acceptance_rate" and (values[np.isfinite(values)] > 0).any():
-            ax.set_yscale("log")
+        shown = values[np.isfinite(values) & (values > 0)]
+        if name != "acceptance_rate" and len(shown):
+            log_axis(ax, shown)
+            # The first steps, which are far off, would flatten the rest.
+            ax.set_ylim(*(np.quantile(shown, [0.01, 0.99]) * [0.5, 2]))
         ax.set(xlabel="warm-up step", ylabel=label.partition(":")[0])
 
     last = values[:, -max(1, records // 10) :].mean(axis=1)

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from bnnmcmc.report import figures, html, markdown
+from bnnmcmc.report.drawing import laid_out
 from bnnmcmc.report.folder import STAGE_NAMES, RunFolder, read_run
 from bnnmcmc.report.parts import Page, Section, Sentence
 from bnnmcmc.report.sections import (
@@ -146,6 +147,7 @@ def make_sections(run: RunFolder, broken: list[str]) -> list[Section]:
             # What is not finite is said in the takeaways, not in warnings.
             with np.errstate(all="ignore"):
                 section = make(run)
+                section = section and section._replace(plots=laid_out(section.plots))
                 for plot in section.plots if section else ():
                     _ = plot.svg  # drawn here, where what cannot be drawn is caught
         except (KeyError, IndexError, ValueError, TypeError, AttributeError) as error:
@@ -252,7 +254,7 @@ def verdict(run: RunFolder) -> list[Sentence]:
     sentences = _progress(run)
     test = _tests(run)
     if "posterior" in test:
-        sentences += _compared(test, run.test_rows)
+        sentences += _compared(test, run.test_rows, scores.paired_leads(run))
         sentences += _calibrated(test["posterior"], run.test_rows)
     sentences += _chains_said(run)
     for text in (run.diagnostics or {}).get("verdict") or []:
@@ -293,7 +295,9 @@ def _progress(run: RunFolder) -> list[Sentence]:
     return []
 
 
-def _compared(test: dict[str, dict[str, float]], rows: int) -> list[Sentence]:
+def _compared(
+    test: dict[str, dict[str, float]], rows: int, leads: list[Sentence]
+) -> list[Sentence]:
     """Compare the pooled posterior with the ensemble and the best member by LPPD."""
     own = test["posterior"].get("lppd", math.nan)
     if not math.isfinite(own):
@@ -307,6 +311,11 @@ def _compared(test: dict[str, dict[str, float]], rows: int) -> list[Sentence]:
         return []
     beaten = [label for label, d in differences.items() if d > 0]
     level = "good" if len(beaten) == len(differences) else "bad"
+    if leads:
+        # Row by row it is known which differences may be chance.
+        order = ("bad", "note", "info", "good")
+        level = min((sentence.level for sentence in leads), key=order.index)
+    chance = " That may be chance (see the scores)." if level == "note" else ""
     parts = [
         f"{number(abs(round(d, 4)))} nats per row {'better' if d > 0 else 'worse'} than {label}"
         if math.isfinite(d) and d != 0
@@ -317,7 +326,7 @@ def _compared(test: dict[str, dict[str, float]], rows: int) -> list[Sentence]:
         Sentence(
             level,
             f"The pooled posterior scores an LPPD of {number(own)} on {plural(rows, 'test row')}: "
-            f"{' and '.join(parts)}.",
+            f"{' and '.join(parts)}.{chance}",
         )
     )
     return sentences

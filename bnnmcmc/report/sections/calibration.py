@@ -89,16 +89,15 @@ def pit_histogram(target: str, pit: np.ndarray, bins: int = 10) -> Plot:
 
     def draw(ax):
         low, high = binom.ppf([0.025, 0.975], n, 1 / bins)
-        ax.axhspan(low, high, color=COLOURS["grid"], alpha=0.35, lw=0, label="95 % if uniform")
-        ax.axhline(n / bins, color=COLOURS["ink"], lw=1, ls=(0, (4, 3)))
+        for level, style in ((low, ":"), (n / bins, "--"), (high, ":")):
+            ax.axhline(level, color=COLOURS["ink"], lw=1, ls=style, zorder=3)
         centres = (np.arange(bins) + 0.5) / bins
         ax.bar(centres, counts, width=0.92 / bins, color=COLOURS["posterior"], alpha=0.75, lw=0)
         ax.set(xlim=(0, 1), xlabel=f"F(observed {target})", ylabel="test rows")
-        ax.legend()
 
     alt = (
         f"Histogram of the probability integral transform of {plural(n, 'test row')} in {bins} "
-        "bins, with the band in which 95 % of the bins lie if it is uniform."
+        "bins; between the dotted lines lie 95 % of the bins if it is uniform."
     )
     return Plot(f"PIT: {target}", say_pit(pit).text, alt, f"pit-{target}", draw)
 

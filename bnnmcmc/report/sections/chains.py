@@ -237,10 +237,21 @@ def _chain_cell(name: str, value: Any) -> Cell:
     return Cell(_diagnostic(name, value), "" if value is None else str(value), " ".join(classes))
 
 
+# Digits after the point of the columns whose names begin so; the first that fits.
+DECIMALS = {
+    "rhat_": 3,
+    "ess_per_gradient": 4,
+    "ess_": 0,
+    "log_density_drift": 2,
+    "log_density": 1,
+    "acceptance_rate": 3,
+}
+
+
 def _diagnostic(name: str, value: Any) -> str:
     """Write a diagnostic so that a column lines up."""
     if isinstance(value, int | float) and math.isfinite(value) and abs(value) < 1e6:
-        for start, decimals in (("rhat_", 3), ("ess_", 0), ("log_density", 1)):
-            if name.startswith(start) and name != "log_density_drift":
+        for start, decimals in DECIMALS.items():
+            if name.startswith(start):
                 return f"{value:,.{decimals}f}".replace("-", "−")
     return number(value)

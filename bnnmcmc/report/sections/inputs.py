@@ -1,6 +1,7 @@
 """Which inputs matter, where the prior lets the data decide (a horseshoe)."""
 
 import numpy as np
+from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from bnnmcmc.report.drawing import COLOURS, Plot
 from bnnmcmc.report.folder import RunFolder
@@ -87,6 +88,8 @@ def _scales(names, low, middle, high, order) -> Plot:
         ax.set_yticks(at, [names[i] for i in shown])
         if (low[shown] > 0).all():
             ax.set_xscale("log")
+            ax.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
+            ax.xaxis.set_minor_formatter(NullFormatter())
         ax.set(xlabel="scale of the input's weights")
 
     alt = (

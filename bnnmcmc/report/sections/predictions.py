@@ -7,7 +7,7 @@ from bnnmcmc.report import figures
 from bnnmcmc.report.drawing import COLOURS, MAX_VECTOR_POINTS, Plot
 from bnnmcmc.report.folder import RunFolder
 from bnnmcmc.report.parts import Cell, Column, Explanation, Section, Sentence, Table
-from bnnmcmc.report.text import number, percent, plural
+from bnnmcmc.report.text import number, percent, plural, same_decimals
 
 MAX_TARGETS = 4
 WORST_ROWS = 10
@@ -175,9 +175,26 @@ def worst_rows(title, rows, y, mean, low, high, z) -> Table:
     columns += [Column("predicted"), Column("residual", "in predictive standard deviations")]
     if low is not None:
         columns[3:3] = [Column("5 %"), Column("95 %")]
-    found = []
-    for i in np.argsort(-size, kind="stable")[:WORST_ROWS]:
-        values = [y[i], mean[i], *((low[i], high[i]) if low is not None else ()), z[i]]
-        cells = [Cell(number(float(v)), str(float(v))) for v in values]
-        found.append([Cell(str(rows[i]), str(rows[i])), *cells])
-    return Table(columns, found, title=title, sortable=True)
+    order = np.argsort(-size, kind="stable")[:WORST_ROWS]
+    values = [y, mean, *((low, high) if low is not None else ()), z]
+    return Table(columns, table_rows(rows, values, order), title=title, sortable=True)
+
+
+def table_rows(rows, values, order) -> list[list[Cell]]:
+    """Return some rows of a table: their number, then numbers that line up column by column.
+
+    Parameters
+    ----------
+    rows : numpy array (rows,)
+        Numbers of the rows.
+    values : sequence of numpy array (rows,)
+    order : numpy int array
+        Which rows, in their order.
+    """
+    shown = [[float(v) for v in np.asarray(column)[order]] for column in values]
+    columns = []
+    for column in shown:
+        write = same_decimals(column)
+        columns.append([Cell(write(v), str(v)) for v in column])
+    numbers = [Cell(str(rows[i]), str(rows[i])) for i in order]
+    return [list(cells) for cells in zip(numbers, *columns, strict=True)]

@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from bnnmcmc.report.drawing import COLOURS, Plot
+from bnnmcmc.report.drawing import COLOURS, Plot, log_axis
 from bnnmcmc.report.folder import STAGE_NAMES, RunFolder
 from bnnmcmc.report.parts import Bar, Section, Sentence
 from bnnmcmc.report.text import duration, number, percent
@@ -79,8 +79,8 @@ def band(stage: str, name: str, found: dict[str, Any]) -> Plot:
             low, middle, high = values.T
             ax.fill_between(x, low, high, color=COLOURS["posterior"], alpha=0.22, lw=0)
             ax.plot(x, middle, "o-", ms=3, mew=0, lw=1.3, color=COLOURS["posterior"])
-        if name in ("step_size", "energy_error_squared") and (values > 0).all() and len(points):
-            ax.set_yscale("log")
+        if name in ("step_size", "energy_error_squared"):
+            log_axis(ax, values)
         ax.set(xlabel=found["unit"], ylabel=label)
 
     takeaway = "Nothing finite so far."

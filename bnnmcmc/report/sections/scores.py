@@ -88,14 +88,20 @@ def section(run: RunFolder) -> Section | None:
     return Section(
         "scores",
         "Scores on held-out data",
-        takeaways=_takeaways(run),
+        takeaways=paired_leads(run),
         tables=[Table(columns, rows, note=_note(run), headed=True)],
         explained=[EXPLAINED[name] for name in plain if name in EXPLAINED],
     )
 
 
-def _takeaways(run: RunFolder) -> list[Sentence]:
-    """Say whether the difference to ensemble and best member is more than chance."""
+def paired_leads(run: RunFolder) -> list[Sentence]:
+    """Say whether the difference to ensemble and best member is more than chance.
+
+    Parameters
+    ----------
+    run : RunFolder
+        Without densities of single rows there is nothing to say.
+    """
     found = run.predictions or {}
     said = []
     for name in ("ensemble", "best_member"):
@@ -167,6 +173,8 @@ def _note(run: RunFolder) -> str:
     text = f"On {plural(run.test_rows, 'test row')}; the best value of each row is shaded. "
     if member is not None:
         text += f"The best member is number {member}. "
+    if paired_leads(run):
+        return text + "Standard errors are over these rows; another split or seed adds to them."
     return text + (
         "One split and one seed: the scores carry no error bar; small differences may be chance."
     )

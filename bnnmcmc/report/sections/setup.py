@@ -11,7 +11,7 @@ from bnnmcmc.report.sections.predictions import MAX_TARGETS
 from bnnmcmc.report.text import duration, listed, number, percent, plural
 
 MAX_LISTED = 20
-# With fewer test rows the error of a 90 % interval's coverage is more than so much (2 SE).
+# With few test rows a share is known no better than this (2 standard errors).
 WIDE_ERROR = 0.1
 
 
@@ -37,22 +37,26 @@ def data(run: RunFolder) -> Section | None:
         facts.append(("Drawn", f"the first {MAX_TARGETS} of {len(targets)} targets"))
     if not facts:
         return None
-    said = [known(int(found["test"]))] if found.get("test") is not None else []
+    said = [known(int(found["test"]), bool(classes))] if found.get("test") is not None else []
     return Section("data", "Data and split", takeaways=said, facts=facts)
 
 
-def known(test: int) -> Sentence:
+def known(test: int, classes: bool = False) -> Sentence:
     """Say how well so many test rows can tell.
 
     Parameters
     ----------
     test : int
         Test rows.
+    classes : bool
+        Whether it is a classification.
     """
     if not test:
         return Sentence("note", "No test rows: nothing here says how good predictions are.")
-    error = 2 * math.sqrt(0.09 / test)
-    shown = f"{plural(test, 'test row')} tell the coverage of 90 % intervals to ± {100 * error:.1f}"
+    # Of a share p the standard error is the root of p (1 - p) / n.
+    share, what = (0.5, "an accuracy") if classes else (0.9, "the coverage of 90 % intervals")
+    error = 2 * math.sqrt(share * (1 - share) / test)
+    shown = f"{plural(test, 'test row')} tell {what} to ± {100 * error:.1f}"
     if error > WIDE_ERROR:
         return Sentence("note", f"Few test rows: {shown} points only (2 standard errors).")
     return Sentence("info", f"{shown} points (2 standard errors).")

@@ -6,8 +6,8 @@ from scipy.stats import spearmanr
 from bnnmcmc.report.drawing import COLOURS, MAX_VECTOR_POINTS, Plot
 from bnnmcmc.report.folder import RunFolder
 from bnnmcmc.report.parts import Cell, Column, Explanation, Section, Sentence, Table
-from bnnmcmc.report.sections.predictions import MAX_TARGETS, UNLIKELY, target_names
-from bnnmcmc.report.text import number, percent, plural
+from bnnmcmc.report.sections.predictions import MAX_TARGETS, UNLIKELY, table_rows, target_names
+from bnnmcmc.report.text import percent, plural
 
 LEAST_SURE = 10
 # A share of the variance from which more data of the same kind would clearly narrow predictions.
@@ -195,11 +195,9 @@ def least_sure(title: str, rows, spread, values, words=None) -> Table:
     columns = [Column("row", "number of the row in the table, from 0")]
     columns += [Column(name, text=True) for name in words] + [Column(name) for name in values]
     found = [
-        [
-            Cell(str(rows[i]), str(rows[i])),
-            *(Cell(texts[i], classes="text") for texts in words.values()),
-            *(Cell(number(float(v[i])), str(float(v[i]))) for v in values.values()),
-        ]
-        for i in order
+        [first, *(Cell(texts[i], classes="text") for texts in words.values()), *rest]
+        for i, (first, *rest) in zip(
+            order, table_rows(rows, list(values.values()), order), strict=True
+        )
     ]
     return Table(columns, found, title=title, sortable=True)
