@@ -12,6 +12,8 @@ from bnnmcmc.report.text import number, percent, plural
 # Up to so many chains each gets its own line; more are shown as quantile bands.
 MAX_LINES = 20
 MAX_BAND_POINTS = 400
+# Of many chains, so many that failed are drawn too.
+MAX_FAILED = 5
 # A longer trace shows every so many of its points: it is an image a few hundred pixels wide.
 MAX_TRACE_POINTS = 5000
 # As in `bnnmcmc.sampling`, which needs JAX: the warm-up is recorded about so many times.
@@ -486,6 +488,18 @@ def _chains(ax, x: np.ndarray, values: np.ndarray, failed: Sequence[int]) -> Non
         low, lower, median, upper, high = quantiles
         ax.fill_between(middle, lower, upper, color=COLOURS["posterior"], alpha=0.25, lw=0)
         _band(ax, middle, low, median, high, "posterior", "median; bands 50 % and 90 %")
+    every = -(-points // MAX_BAND_POINTS)
+    for chain in list(failed)[:MAX_FAILED]:
+        ax.plot(
+            x[::every],
+            values[chain, ::every],
+            color=COLOURS["bad"],
+            lw=0.9,
+            alpha=0.8,
+            zorder=3,
+            label=f"chain {chain}",
+        )
+    if finite.any() or len(failed):
         ax.legend()
 
 
@@ -497,7 +511,10 @@ def _band(ax, x, low, middle, high, colour: str, label: str) -> None:
 def _how(chains: int) -> str:
     if chains <= MAX_LINES:
         return "one line per chain, chains that failed in red"
-    return f"median, 50 % and 90 % band over {chains:,} chains"
+    return (
+        f"median, 50 % and 90 % band over {chains:,} chains, and at most {MAX_FAILED} chains that "
+        "failed in red"
+    )
 
 
 def _not_finite(values: np.ndarray, name: str) -> str:

@@ -6,7 +6,7 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 from bnnmcmc.report.drawing import COLOURS, Plot
 from bnnmcmc.report.folder import RunFolder
 from bnnmcmc.report.parts import Cell, Column, Explanation, Section, Sentence, Table
-from bnnmcmc.report.text import listed, number, plural
+from bnnmcmc.report.text import listed, number, plural, same_decimals
 
 MAX_DRAWN = 30
 # An input whose scale is so much smaller than the largest does next to nothing.
@@ -34,10 +34,11 @@ def section(run: RunFolder) -> Section | None:
     )
     order = np.argsort(-middle, kind="stable")
     columns = [Column("input", text=True), Column("median scale"), Column("5 %"), Column("95 %")]
+    write = same_decimals([float(v) for v in high])
     rows = [
         [
             Cell(names[i], classes="text"),
-            *(Cell(number(float(v)), str(float(v))) for v in (middle[i], low[i], high[i])),
+            *(Cell(write(float(v)), str(float(v))) for v in (middle[i], low[i], high[i])),
         ]
         for i in order
     ]
