@@ -87,8 +87,11 @@ def test_a_run_is_followed_until_it_ends(tmp_path):
     assert len(pages) == 2
     assert all('data-seconds="7"' in html for html in pages)
     assert "Sampling: 30 of 90 draws" in pages[0]
+    assert "It goes on now." in pages[0]
+    assert "To go on: bnnmcmc resume" not in pages[0]
     last = (folder / "report.html").read_text()
     assert "data-seconds=" not in last
+    assert "It goes on now." not in last
     assert "every 7 s" in said[0]
     assert said[-1] == "the run is done"
 

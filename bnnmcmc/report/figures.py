@@ -207,9 +207,9 @@ def log_density(values: np.ndarray, failed: Sequence[int], wide: bool = False) -
         low, high = float(values[fine].min()), float(values[fine].max())
         margin = 0.05 * (high - low) + 1e-6
         limits = (low - margin, high + margin)
-        if chains <= MAX_LINES:
-            others = sorted(set(range(chains)) - set(fine))
-            off = [c for c in others if not (values[c] > limits[0]).any()]
+        others = sorted(set(range(chains)) - set(fine))
+        drawn = others if chains <= MAX_LINES else list(failed)[:MAX_FAILED]
+        off = [c for c in drawn if not (values[c] > limits[0]).any()]
 
     def draw(ax):
         _chains(ax, np.arange(1, draws + 1), values, failed)

@@ -123,7 +123,7 @@ def make_page(run: RunFolder, refresh: int = 0) -> Page:
         title=manifest.get("name") or run.folder.name,
         subtitle=_subtitle(run),
         sections=sections,
-        verdict=[*verdict(run), *(Sentence("bad", text) for text in broken)],
+        verdict=[*verdict(run, going=bool(refresh)), *(Sentence("bad", text) for text in broken)],
         tiles=tiles(run),
         strip=strip,
         strip_said=strip_said,
@@ -244,14 +244,16 @@ def chain_strip(run: RunFolder) -> tuple[list[tuple[int, str, str]], str]:
     return (marks if len(marks) <= MAX_STRIP else []), f"{plural(len(status), 'chain')}: {said}"
 
 
-def verdict(run: RunFolder) -> list[Sentence]:
+def verdict(run: RunFolder, going: bool = False) -> list[Sentence]:
     """Say in sentences what came out of the run, the good and the bad.
 
     Parameters
     ----------
     run : RunFolder
+    going : bool
+        Whether it is at work now: then it need not be told how to go on, or what is missing.
     """
-    sentences = _progress(run)
+    sentences = _progress(run, going)
     test = _tests(run)
     if "posterior" in test:
         sentences += _compared(test, run.test_rows, scores.paired_leads(run))
@@ -261,13 +263,13 @@ def verdict(run: RunFolder) -> list[Sentence]:
         if "have status ok" not in text:  # said above, with what the scores pool
             sentences.append(Sentence("info", str(text)))
     sentences += [Sentence("note", f"Note: {text}.") for text in run.manifest.get("notes") or []]
-    if run.missing:
+    if run.missing and not going:
         level = "bad" if run.manifest.get("stage") == "done" else "note"
         sentences.append(Sentence(level, f"Missing: {', '.join(run.missing)}."))
     return sentences
 
 
-def _progress(run: RunFolder) -> list[Sentence]:
+def _progress(run: RunFolder, going: bool) -> list[Sentence]:
     manifest = run.manifest
     stage, stopped = manifest.get("stage"), manifest.get("stopped")
     planned, resume = manifest.get("draws"), f"bnnmcmc resume {shlex.quote(str(run.folder))}"
@@ -280,6 +282,8 @@ def _progress(run: RunFolder) -> list[Sentence]:
             text += f", with {on_disk} on disk"
         if len(manifest.get("stopped_chains") or {}) == manifest.get("chains"):
             return [Sentence("bad", f"{text}. There is no chain left to go on with.")]
+        if going:
+            return [Sentence("info", f"{text}. It goes on now.")]
         return [Sentence("note", f"{text}. To go on: {resume}")]
     if manifest.get("until") and run.draws:
         outcome, met = say_outcome(manifest), is_met(*target_of(manifest))
