@@ -275,28 +275,74 @@ def diagnose(folder: Path):
 
 
 @app.command
-def report(folder: Path):
+def report(
+    folder: Path,
+    *,
+    format: Literal["html", "md"] = "html",
+    watch: Annotated[bool, Parameter(negative=())] = False,
+    every: float = 5.0,
+):
     """Write report.html into a run folder, finished or not.
 
     Parameters
     ----------
     folder
         The run folder.
+    format
+        html: one file, report.html. md: report.md, with figures as PNG files.
+    watch
+        Write the page again and again while the run goes on; the open page loads itself again.
+    every
+        Seconds between two pages.
     """
     from bnnmcmc.store import read_manifest
 
     manifest = read_manifest(folder)
+    out = Console(highlight=False, soft_wrap=True)
+    if watch:
+        if format != "html" or every <= 0:
+            raise InputError("--watch: works with --format html, and --every above 0 seconds")
+        from bnnmcmc.report.watch import watch_report
+        from bnnmcmc.stopping import at_work
+
+        watch_report(folder, every, lambda: at_work(folder), lambda t: out.print(escape(t)))
+        return
     if manifest["stage"] != "done" and manifest["blocks"]:
         _configure_for(folder)
         from bnnmcmc.progress import working
         from bnnmcmc.results import refresh_results
+        from bnnmcmc.stopping import FolderInUseError
 
-        with working(_console(False), "Scores and diagnostics of the draws so far"):
-            refresh_results(folder)
-    from bnnmcmc.report.page import write_report
+        try:
+            with working(_console(False), "Scores and diagnostics of the draws so far"):
+                refresh_results(folder)
+        except FolderInUseError:
+            out.print("the run is going on: a report without scores; follow it with --watch")
+    from bnnmcmc.report.page import write_markdown, write_report
 
-    path = write_report(folder)
-    Console(highlight=False, soft_wrap=True).print(f"wrote {escape(str(path))}")
+    path = write_markdown(folder) if format == "md" else write_report(folder)
+    out.print(f"wrote {escape(str(path))}")
+
+
+@app.command
+def compare(folders: list[Path], *, out: Path = Path("compare.html")):
+    """Put runs side by side: scores with standard errors, paired differences, cost, convergence.
+
+    Parameters
+    ----------
+    folders
+        Two or more run folders of the same table.
+    out
+        The page to write.
+    """
+    from bnnmcmc.comparison import compare as compare_runs
+    from bnnmcmc.comparison import print_comparison
+    from bnnmcmc.report.compare import write_comparison
+
+    console = Console(highlight=False, soft_wrap=True)
+    comparison = compare_runs(folders)
+    print_comparison(Console(highlight=False), comparison)
+    console.print(f"wrote {escape(str(write_comparison(comparison, out)))}")
 
 
 @app.command

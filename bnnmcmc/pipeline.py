@@ -10,13 +10,16 @@ They meet where they agree on something (`Group.share`, and what calls it: `Stop
 
 import importlib
 import importlib.metadata
+import resource
 import shutil
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +35,7 @@ from bnnmcmc.data import Dataset, fingerprint, save_dataset
 from bnnmcmc.ensemble import build_training, finish_ensemble, run_epochs, start_members
 from bnnmcmc.errors import InputError
 from bnnmcmc.keys import stage_key
+from bnnmcmc.live import Live
 from bnnmcmc.placement import Placement, gather, indices, replicate, spread
 from bnnmcmc.posterior import Posterior, chain_starts, check_finite
 from bnnmcmc.processes import Group
@@ -107,6 +111,11 @@ class Job:
     clock: Clock
     # The samplers of this run by their numbers of steps: a second one if a budget asks for fewer.
     samplers: dict[tuple[int, ...], Ahead] = field(default_factory=dict)
+
+    @cached_property
+    def live(self) -> Live:
+        """What the run says of itself while it goes on."""
+        return Live(self.store.folder)
 
     @property
     def group(self) -> Group:
@@ -499,6 +508,7 @@ def train_ensemble(job: Job) -> bool:
             stopped = _count(job, members[1].stopped)
             loss = np.min(gather(members[1].best_loss, placement))
             update(done, f"best loss {loss:.3f}, {stopped} of {config.members} stopped")
+            _live(job, "ensemble", done, config.max_epochs, "epochs", _losses(block.history))
             tree = {"history": history, "members": gather(members, placement)}
             _commit(job, checkpoint=job.store.checkpoint("ensemble", done, tree))
             if job.stop.at(stop_at):
@@ -563,6 +573,8 @@ def warm_up(job: Job) -> bool:
             carry, done = block.carry, block.start + block.count
             records = _join_records(records, block.stats)
             update(min(done * thin, program.warmup.total), _note(block.stats))
+            steps, planned_steps = min(done * thin, program.warmup.total), program.warmup.total
+            _live(job, "warmup", steps, planned_steps, "steps", _last(block.stats))
             seconds = max(job.group.share(block.seconds))
             # The first block may have waited for its compilation.
             if may_plan and block.start != begun:
@@ -683,6 +695,7 @@ def draw(job: Job) -> bool:
                         stopped=len(stopped),
                     ),
                 )
+                _live(job, "sampling", done, total, "draws", _last(block.stats))
                 if checks:
                     note = f"{say_progress(checks.target, checks.history)}, {note}"
                 update(done * steps, note)
@@ -787,7 +800,14 @@ def _timed(job: Job, stage: str) -> Iterator[None]:
         yield
     finally:
         # No more than that: others may be writing their part of the next checkpoint.
-        job.store.commit(seconds=job.clock.seconds())
+        peaks = {**job.manifest.get("peak_bytes", {}), stage: _peak_bytes()}
+        job.store.commit(seconds=job.clock.seconds(), peak_bytes=peaks)
+
+
+def _peak_bytes() -> int:
+    """Return the largest resident set of this process so far."""
+    size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return size if sys.platform == "darwin" else size * 1024
 
 
 def _commit(job: Job, **changes: Any) -> None:
@@ -797,6 +817,24 @@ def _commit(job: Job, **changes: Any) -> None:
     """
     job.store.commit(seconds=job.clock.seconds(), **changes)
     job.store.drop_old_checkpoints()
+
+
+def _live(job: Job, stage: str, done: int, total: int, unit: str, values) -> None:
+    """Write down how far the run is, for a page that is looked at while it goes on."""
+    if job.group.lead:
+        job.live.add(stage, done, total, unit, values)
+
+
+def _losses(history: np.ndarray) -> dict[str, np.ndarray]:
+    """Return the last losses of members that still train, from a block (member, epoch, 2)."""
+    names = ("training loss", "validation loss")
+    return {n: v for n, v in zip(names, history[:, -1].T, strict=True) if np.isfinite(v).any()}
+
+
+def _last(stats: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Return the statistics of the last draw that say how chains do."""
+    names = ("log_density", "step_size", "acceptance_rate", "energy_error_squared")
+    return {name: stats[name][:, -1] for name in names if name in stats}
 
 
 def _own(job: Job, tree: Any) -> Any:

@@ -350,6 +350,18 @@ class Prediction:
         center, scale = self._units
         return self.mixture.sample(n, seed).astype(np.float64) * scale + center
 
+    def _repr_html_(self) -> str:
+        """Show the first rows: mean, spread and 90 % interval, or label and probabilities."""
+        from bnnmcmc.notebook import MAX_ROWS, html_table
+
+        found = self.mean if self.probabilities is None else self.probabilities
+        rows = 0 if found is None else len(found)
+        frame = self.to_frame()
+        shown = [(i, *frame.iloc[i]) for i in range(min(rows, MAX_ROWS))]
+        more = f"the first {MAX_ROWS} of {rows} rows" if rows > MAX_ROWS else ""
+        caption = f"Prediction of {', '.join(self.targets)}"
+        return html_table(caption, ("row", *frame.columns), shown, more)
+
     def labels(self) -> np.ndarray:
         """Return the most probable class of every row, (rows,), in the labels' own type."""
         if self.probabilities is None or self.classes is None:

@@ -11,7 +11,7 @@ from bnnmcmc import diagnostics, exploration, store, trees
 from bnnmcmc.data import target_to_units
 from bnnmcmc.pooling import effective_chains
 from bnnmcmc.prediction import in_target_units
-from bnnmcmc.predictive import draws_in_memory, pool, thinned
+from bnnmcmc.predictive import Pooled, draws_in_memory, per_draw, pool, thinned
 from bnnmcmc.run import Run, open_inputs, scores
 from bnnmcmc.stopping import FolderInUseError, locked
 from bnnmcmc.verdict import verdict
@@ -24,6 +24,10 @@ MAX_DIAGNOSED_WEIGHTS = 200
 ALIGNED_DRAWS, MIN_ALIGNED_DRAWS = 200, 20
 # Numbers in these draws; more are not aligned.
 MAX_ALIGNED_SIZE = 2e7
+# The entropy of single draws' predictions is a mean over at most so many numbers.
+MAX_ENTROPY_VALUES = 20_000_000
+# The scales of inputs are summed up from so many draws in all.
+MAX_SCALE_DRAWS = 20_000
 QUANTILES = (0.025, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.975)
 
 
@@ -43,6 +47,7 @@ def write_results(run: Run, run_store: store.Store, kind: str) -> None:
     write_diagnostics(run, run_store, *diagnose(run))
     if len(dataset.test):
         _write_scores(run, folder)
+    _write_inputs(run, folder)
     if kind != "none" and len(run.stopped) < run.draws.chains:
         every = None if kind == "auto" else 1
         chosen = "zarr" if kind == "zarr" else "netcdf"
@@ -182,12 +187,17 @@ def _write_scores(run: Run, folder: Path) -> None:
         }
     store.write_json(folder / "metrics.json", result)
     prediction = in_target_units(found["posterior"], encoding)
+    log_scale = 0.0 if encoding.task != "regression" else np.log(encoding.target_scale).sum()
     arrays: dict[str, Any] = {"row": dataset.test}
+    for name, pooled in found.items():
+        assert pooled.log_density is not None
+        arrays[f"log_density_{name}"] = pooled.log_density - log_scale
     if prediction.probabilities is not None:
         arrays |= {
             "y": y,
             "probabilities": prediction.probabilities,
             "classes": np.array([str(label) for label in encoding.classes or ()]),
+            "expected_entropy": _expected_entropy(run, x),
         }
     else:
         arrays |= {
@@ -197,5 +207,45 @@ def _write_scores(run: Run, folder: Path) -> None:
             "epistemic_sd": prediction.epistemic_sd,
             "levels": np.array(QUANTILES),
             "quantiles": prediction.quantile(QUANTILES),
+            "pit": _pit(found["posterior"], y),
         }
     store.write_arrays(folder / "predictions.npz", arrays)
+
+
+def _pit(pooled: Pooled, y: np.ndarray) -> np.ndarray:
+    """Return F(y) of the pooled predictive, (rows, targets), from its samples; NaN stays NaN."""
+    assert pooled.samples is not None
+    y = np.asarray(y)
+    below, same = (np.zeros(y.shape) for _ in range(2))
+    for sample in pooled.samples:
+        below += sample < y
+        same += sample == y
+    unknown = np.isnan(y) | np.isnan(pooled.samples).any(axis=0)
+    return np.where(unknown, np.nan, (below + same / 2) / len(pooled.samples))
+
+
+def _expected_entropy(run: Run, x: np.ndarray) -> np.ndarray:
+    """Return the mean over draws of the entropy of their class probabilities, (rows,), in nats."""
+    draws = run.pooled_draws if run.pooled_chains else run.draws
+    classes = max(2, run.posterior.likelihood.num_outputs)
+    most = max(1, MAX_ENTROPY_VALUES // (draws.chains * classes * len(x)))
+    few = thinned(draws, -(-draws.draws // most))
+    p = per_draw(run.posterior, few, x)["probabilities"].astype(np.float64)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return -np.where(p == 0, 0.0, p * np.log(p)).sum(axis=-1).mean(axis=(0, 1))
+
+
+def _write_inputs(run: Run, folder: Path) -> None:
+    """Write inputs.npz, the quantiles of the inputs' scales, if the prior has such scales."""
+    hierarchy = run.posterior.prior.hierarchy
+    if hierarchy is None or hierarchy.input_scales is None or not run.pooled_chains:
+        return
+    total = run.draws.chains * run.draws.draws
+    scales = run.input_scales(max(1, -(-total // MAX_SCALE_DRAWS)))
+    values = np.stack([scale[run.pooled_chains].ravel() for scale in scales.values()])
+    arrays = {
+        "names": np.array([str(name) for name in scales]),
+        "levels": np.array(QUANTILES),
+        "quantiles": np.quantile(values, QUANTILES, axis=1),
+    }
+    store.write_arrays(folder / "inputs.npz", arrays)

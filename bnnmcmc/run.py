@@ -2,6 +2,8 @@
 
 import functools
 import hashlib
+import json
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -359,6 +361,46 @@ class Run:
             f"{self.draws.layout.size} parameters, {where}>"
         )
 
+    def _repr_html_(self) -> str:
+        """Show what the run is, its chains by status, and its verdict if it has one."""
+        from bnnmcmc.notebook import html_table
+
+        counts = Counter(chain.status for chain in self.status)
+        rows = [
+            ("chains", ", ".join(f"{count} {name}" for name, count in counts.items())),
+            ("draws", f"{self.draws.draws} from each chain"),
+            ("parameters", self.draws.layout.size),
+            ("sampled on", f"{len(self.x)} rows"),
+            ("folder", self.folder or "in memory"),
+        ]
+        said = ""
+        if self.folder is not None and (self.folder / "diagnostics.json").is_file():
+            found = json.loads((self.folder / "diagnostics.json").read_text())
+            said = (found.get("verdict") or [""])[0]
+        return html_table("Run", ("", ""), rows, said)
+
+    def report(self) -> Path:
+        """Write the report of a run folder, ``report.html``.
+
+        Returns
+        -------
+        Path
+            The file.
+
+        Raises
+        ------
+        InputError
+            A run in memory has no folder to report on.
+        """
+        from bnnmcmc.report.page import write_report
+
+        if self.folder is None:
+            raise InputError(
+                "report: a run in memory has no folder; make one with the command line, or look at "
+                "score() and to_arviz()"
+            )
+        return write_report(self.folder)
+
     def load_draws(self) -> Any:
         """Return all draws in memory: a pytree with numpy leaves (chain, draw, *leaf)."""
         flat = np.concatenate(list(self.draws.blocks()), axis=1)
@@ -512,8 +554,13 @@ class Run:
         values = values.reshape(*values.shape[:2], -1)
         return HeldOut(values, noise, found.get("log_density"))
 
-    def input_scales(self) -> dict[str, np.ndarray]:
+    def input_scales(self, every: int = 1) -> dict[str, np.ndarray]:
         """Return the scales of the inputs' weights under a horseshoe prior, of all chains.
+
+        Parameters
+        ----------
+        every : int
+            Keep every so many draws.
 
         Returns
         -------
@@ -529,7 +576,13 @@ class Run:
         if hierarchy is None or hierarchy.input_scales is None:
             raise InputError('input_scales: the prior has none; use [prior] inputs = "horseshoe"')
         of = jax.vmap(jax.vmap(hierarchy.input_scales))
-        found = np.asarray(of(self.load_draws()["prior"]))
+        found = np.concatenate(
+            [
+                np.asarray(of(trees.unflatten(block, self.draws.layout)["prior"]))
+                for block in thinned(self.draws, every).blocks()
+            ],
+            axis=1,
+        )
         names = [f"x{i}" for i in range(1, found.shape[-1] + 1)]
         if self.encoding is not None and len(self.encoding.feature_names) == len(names):
             names = list(self.encoding.feature_names)

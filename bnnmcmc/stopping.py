@@ -142,6 +142,15 @@ def locked(folder: Path) -> Iterator[None]:
         yield
 
 
+def at_work(folder: Path) -> bool:
+    """Return whether a process is working on a run folder now."""
+    try:
+        with locked(folder):
+            return False
+    except FolderInUseError:
+        return True
+
+
 @contextmanager
 def interruptible(stop: Stop, console: Console) -> Iterator[None]:
     """Let the first Ctrl-C stop between blocks; the second one stops at once."""

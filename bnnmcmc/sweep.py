@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from bnnmcmc.comparison import compare, print_comparison
 from bnnmcmc.config import read_config, with_placement
 from bnnmcmc.errors import InputError
 from bnnmcmc.store import read_manifest, write_atomic
@@ -116,8 +117,23 @@ def run_sweep(config: Path, axes: list[str], seeds: int, folder: Path, settings:
         results.append(_result(folder / name, point, seed, code))
         _write_csv(folder / "sweep.csv", results)
     _print(out, results, list(grid))
+    _compare(out, folder, [r["folder"] for r in results if not r["failed"]])
     out.print(f"[dim]all runs: {escape(str(folder / 'sweep.csv'))}[/]")
     return 2 if any(result["failed"] for result in results) else 0
+
+
+def _compare(out: Console, folder: Path, names: list[str]) -> None:
+    """Write the runs side by side, with paired differences, into compare.html."""
+    from bnnmcmc.report.compare import write_comparison
+
+    try:
+        comparison = compare([folder / name for name in names])
+    except InputError as error:  # such as a grid over tables: the means above are all there is
+        out.print(f"[yellow]not compared row by row:[/] {escape(str(error))}")
+        return
+    print_comparison(Console(highlight=False), comparison)
+    page = write_comparison(comparison, folder / "compare.html", f"Sweep {folder.name}")
+    out.print(f"[dim]side by side: {escape(str(page))}[/]")
 
 
 def _folder_name(point: dict[str, str], seed: int) -> str:

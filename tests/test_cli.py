@@ -20,7 +20,7 @@ def test_help_of_every_command_loads_no_jax():
     code = """
 import sys
 from bnnmcmc.cli import app
-for command in ["init", "check", "run", "resume", "predict", "diagnose", "report", "sweep"]:
+for command in ["init", "check", "run", "resume", "predict", "diagnose", "report", "compare"]:
     app([command, "--help"], console=None)
 heavy = {"jax", "pandas", "arviz", "matplotlib", "sklearn"} & set(sys.modules)
 sys.exit(f"loaded {heavy}" if heavy else 0)
@@ -227,6 +227,8 @@ def test_sweep_runs_a_grid_and_goes_on_where_it_stopped(tiny, cli):
     assert list(rows["seed"]) == [0, 0]
     assert rows["posterior_lppd"].nunique() == 2
     assert "model.hidden" in out
+    assert "2 runs on the same 12 test rows: differences are paired, row by row." in out
+    assert "The runs differ in model.hidden." in (tiny / "s" / "compare.html").read_text()
     stamps = {p: p.stat().st_mtime_ns for p in (tiny / "s").glob("*/manifest.json")}
     shutil.rmtree(tiny / "s" / rows["folder"][0])
     arguments[3] = "model.hidden=[]"

@@ -13,7 +13,7 @@ from scipy.integrate import quad
 from scipy.special import polygamma
 
 import bnnmcmc
-from bnnmcmc import priors
+from bnnmcmc import priors, store
 from bnnmcmc.build import make_prior
 from bnnmcmc.config import parse
 from bnnmcmc.errors import InputError
@@ -266,7 +266,15 @@ def test_a_whole_run(tiny, here):
     assert log_local.shape == (3, 30, 4)
     assert np.ptp(log_local[:], axis=1).min() > 0
     assert set(run.members) == {"likelihood", "network"}
-    assert list(run.input_scales()) == list(run.encoding.feature_names)
+    scales = run.input_scales()
+    assert list(scales) == list(run.encoding.feature_names)
+    thin = run.input_scales(every=3)
+    for name, values in scales.items():
+        np.testing.assert_array_equal(thin[name], values[:, ::3])
+    stored = store.read_arrays(run.folder / "inputs.npz")
+    assert list(stored["names"]) == list(scales)
+    median = [np.median(values) for values in scales.values()]
+    np.testing.assert_allclose(stored["quantiles"][list(stored["levels"]).index(0.5)], median)
     metrics = json.loads((tiny / "whole" / "metrics.json").read_text())
     assert run.score() == pytest.approx(metrics["test_target_units"]["posterior"], rel=1e-5)
     assert metrics["test"]["ensemble"]["rmse"] < 0.8

@@ -10,10 +10,13 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 import tomli_w
+from scipy.special import xlogy
+from scipy.stats import norm
 
 from bnnmcmc.errors import InputError
 from bnnmcmc.report import figures
-from bnnmcmc.report.page import read_run, write_report
+from bnnmcmc.report.folder import read_run
+from bnnmcmc.report.page import write_report
 from bnnmcmc.store import append, create_arrays, write_arrays, write_json
 
 VOID = {"meta", "br", "hr", "img", "input", "link"}
@@ -203,7 +206,11 @@ def write_regression(folder, rng, rows, targets, chains):
         "epistemic_sd": sd / 3,
         "levels": levels,
         "quantiles": mean + z[:, None, None] * sd,
+        "pit": norm.cdf((y - mean) / sd),
     }
+    density = norm.logpdf(y, mean, sd).sum(axis=1)
+    for model, gap in (("best_member", 0.27), ("ensemble", 0.078), ("posterior", 0.0)):
+        arrays[f"log_density_{model}"] = density - gap + 0.1 * rng.normal(size=rows)
     write_arrays(folder / "predictions.npz", arrays)
     test = {
         name: {
@@ -243,6 +250,7 @@ def write_classification(folder, rng, rows, classes, chains):
         "y": y,
         "probabilities": np.stack([1 - p, p], axis=1),
         "classes": np.array(classes),
+        "expected_entropy": -0.8 * (xlogy(p, p) + xlogy(1 - p, 1 - p)),
     }
     write_arrays(folder / "predictions.npz", arrays)
     test = {
@@ -302,8 +310,9 @@ class Page(HTMLParser):
     def row(self, start):
         return next(r for r in self.rows if r and r[0].strip().startswith(start))
 
-    def captions(self):
-        return [value for _, name, value in self.attributes if name == "aria-label"]
+    def figure_captions(self):
+        pairs = zip(self.attributes, self.attributes[1:], strict=False)
+        return [label for (_, _, role), (_, name, label) in pairs if role == "img"]
 
 
 def read(folder):
@@ -384,9 +393,9 @@ def test_long_traces_are_drawn_thinly(monkeypatch):
 
 
 def test_figures_have_takeaway_and_alt(page, finished):
-    assert page.tags.count("figure") == page.tags.count("figcaption") == 5
-    captions = page.captions()
-    assert len(captions) == 5
+    assert page.tags.count("figure") == page.tags.count("figcaption") == 8
+    captions = page.figure_captions()
+    assert len(captions) == 8
     assert all(len(caption) > 40 for caption in captions)
     found = np.load(finished / "predictions.npz")
     low, high = found["quantiles"][1, :, 0], found["quantiles"][7, :, 0]
@@ -492,8 +501,7 @@ def test_failed_chains(tmp_path):
     assert "Chain 1: It never moved." in page.text
     assert "1 chain with a log-density that is not finite (2)" in page.text
     assert "Outside the figure: chains 1, 2." in page.text
-    row = page.row("2")
-    assert row[1] == "nonfinite"
+    row = next(r for r in page.rows if r[:2] == ["2", "nonfinite"])
     assert "NaN" in row
     assert "14" in row
     assert "Chain 2: It left the finite numbers." in page.text.split("What the columns mean")[0]
@@ -569,7 +577,7 @@ def test_what_is_not_finite_is_said_and_drawn_around(tmp_path):
     page = read(folder)
     assert "2 members never had a finite loss." in page.text
     assert "2 chains with a step size that is not finite (0, 1), left out of the bands" in page.text
-    assert page.tags.count("figure") == 5
+    assert page.tags.count("figure") == 8
 
 
 def test_no_warmup_is_nothing_missing(tmp_path):
@@ -697,11 +705,11 @@ def explored(folder, labels):
 def test_the_section_on_modes(tmp_path):
     folder = make_run(tmp_path / "run")
     page = write_report(folder).read_text()
-    assert "<h2>Modes</h2>" not in page  # a folder of an older version
+    assert ">Modes</h2>" not in page  # a folder of an older version
     explored(folder, [0, 1, 0, 0, 1, 2])
     page = write_report(folder).read_text()
-    assert "<h2>Modes</h2>" in page
-    section = page[page.index("<h2>Modes</h2>") : page.index("<h2>Figures</h2>")]
+    assert ">Modes</h2>" in page
+    section = page[page.index(">Modes</h2>") :].partition("</section>")[0]
     rows = re.findall(r'<tr><th scope="row">(.*?)</th><td>(.*?)</td><td>(.*?)</td>', section)
     assert rows == [("1", "3", "50.0 %"), ("2", "2", "33.3 %"), ("3", "1", "16.7 %")]
     assert "6 chains in 3 modes" in section

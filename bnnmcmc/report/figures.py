@@ -1,110 +1,23 @@
-"""The figures of the report: NumPy arrays in, inline SVG with a takeaway and an alt text out."""
+"""The figures of the report: NumPy arrays in, a `Plot` out."""
 
-import io
-import re
-import warnings
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
-from xml.etree import ElementTree
+from collections.abc import Mapping, Sequence
 
-import matplotlib
 import numpy as np
-from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter
 from scipy.stats import binomtest
 
-# Above so many points the marks become an image inside the SVG; axes and text stay vectors.
-MAX_VECTOR_POINTS = 20_000
+from bnnmcmc.report.drawing import COLOURS, MAX_VECTOR_POINTS, Plot, log_axis
+from bnnmcmc.report.text import number, percent, plural
+
 # Up to so many chains each gets its own line; more are shown as quantile bands.
 MAX_LINES = 20
 MAX_BAND_POINTS = 400
+# Of many chains, so many that failed are drawn too.
+MAX_FAILED = 5
 # A longer trace shows every so many of its points: it is an image a few hundred pixels wide.
 MAX_TRACE_POINTS = 5000
 # As in `bnnmcmc.sampling`, which needs JAX: the warm-up is recorded about so many times.
 WARMUP_RECORDS = 200
-# Mid-tones, readable on light and on dark; in the SVG the page's CSS variables take their place.
-COLOURS = {
-    "posterior": "#2f7fb5",
-    "ensemble": "#c9802b",
-    "member": "#80868f",
-    "bad": "#cf4a4a",
-    "ink": "#70767f",
-    "grid": "#a9afb8",
-}
-STYLE: dict[Any, Any] = {
-    "svg.fonttype": "none",
-    "text.parse_math": False,  # a target may be named "$"
-    "font.size": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": COLOURS["grid"],
-    "axes.labelcolor": COLOURS["ink"],
-    "axes.linewidth": 0.8,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": COLOURS["grid"],
-    "grid.alpha": 0.35,
-    "grid.linewidth": 0.6,
-    "text.color": COLOURS["ink"],
-    "xtick.color": COLOURS["ink"],
-    "ytick.color": COLOURS["ink"],
-    "xtick.major.size": 0,
-    "ytick.major.size": 0,
-    "xtick.minor.size": 0,
-    "ytick.minor.size": 0,
-    "lines.solid_capstyle": "round",
-    "legend.frameon": False,
-    "legend.fontsize": 9,
-}
-
-
-class Plot(NamedTuple):
-    """One figure of the page.
-
-    Parameters
-    ----------
-    title : str
-    takeaway : str
-        One line, computed from the data: what the figure shows.
-    alt : str
-        What is drawn, for those who do not see it.
-    svg : str
-        An ``<svg>`` element that takes its colours from the page.
-    wide : bool
-        Whether it takes the width of the page.
-    """
-
-    title: str
-    takeaway: str
-    alt: str
-    svg: str
-    wide: bool = False
-
-
-def number(value: Any) -> str:
-    """Write a number for reading: four digits, a true minus sign, NaN as NaN."""
-    if value is None:
-        return "–"
-    if not isinstance(value, int | float | np.integer | np.floating):
-        return str(value)
-    value = float(value)
-    if not np.isfinite(value):
-        text = "NaN" if np.isnan(value) else f"{value:g}"
-    elif value.is_integer() and abs(value) < 1e9:
-        text = f"{int(value):,}"
-    else:
-        text = f"{value:.4g}" if 1e-3 <= abs(value) < 1e5 else f"{value:.3g}"
-    return text.replace("-", "−")
-
-
-def percent(share: float) -> str:
-    """Write a share as per cent with one decimal."""
-    return f"{100 * share:.1f} %"
-
-
-def plural(count: int, word: str) -> str:
-    """Write a count and its noun."""
-    return f"{count:,} {word}{'' if count == 1 else 's'}"
 
 
 def training(history: np.ndarray, epochs: np.ndarray, best_epoch: np.ndarray) -> Plot:
@@ -193,7 +106,7 @@ def training(history: np.ndarray, epochs: np.ndarray, best_epoch: np.ndarray) ->
         else ("median and 5 to 95 % band over the members still training")
     )
     alt = f"Loss against epoch, {' and '.join(label for _, label, _ in kinds)}: {how}."
-    return Plot("Training of the ensemble", takeaway, alt, svg("training", draw))
+    return Plot("Training of the ensemble", takeaway, alt, "training", draw)
 
 
 def step_size(values: np.ndarray, failed: Sequence[int], steps: int) -> Plot:
@@ -212,15 +125,7 @@ def step_size(values: np.ndarray, failed: Sequence[int], steps: int) -> Plot:
 
     def draw(ax):
         _chains(ax, x, values, failed)
-        positive = values[np.isfinite(values) & (values > 0)]
-        if len(positive):
-            ax.set_yscale("log")
-            short = positive.max() < 100 * positive.min()
-            label = FuncFormatter(lambda v, _: f"{v:g}")
-            ax.yaxis.set_major_formatter(label)
-            # Within a decade or two the powers of ten alone are too few labels.
-            ax.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
-            ax.yaxis.set_minor_formatter(label if short else NullFormatter())
+        log_axis(ax, values)
         ax.set(xlabel="warm-up step", ylabel="step size")
 
     last, before = values[:, -1], values[:, max(0, records - 1 - max(1, records // 10))]
@@ -233,7 +138,53 @@ def step_size(values: np.ndarray, failed: Sequence[int], steps: int) -> Plot:
             f"warm-up they change by {percent(change)} (median)."
         )
     alt = f"Step size on a log axis against the warm-up, {_how(chains)}."
-    return Plot("Warm-up: step size", takeaway, alt, svg("step-size", draw))
+    return Plot("Warm-up: step size", takeaway, alt, "step-size", draw)
+
+
+WARMUP_STATISTICS = {
+    "energy_error_squared": ("Energy error", "EEVPD: squared energy error of a step per dimension"),
+    "acceptance_rate": ("Acceptance", "acceptance rate"),
+    "decoherence_length": ("Decoherence length", "L: length over which momentum is forgotten"),
+    "trajectory_length": ("Trajectory length", "length of a trajectory"),
+}
+
+
+def warmup_statistic(name: str, values: np.ndarray, failed: Sequence[int], steps: int) -> Plot:
+    """Draw another statistic of the warm-up.
+
+    Parameters
+    ----------
+    name : str
+        One of `WARMUP_STATISTICS`.
+    values : numpy array (chain, record)
+    failed : sequence of int
+        Chains whose status is not ok.
+    steps : int
+        Warm-up steps that were planned.
+    """
+    title, label = WARMUP_STATISTICS[name]
+    chains, records = values.shape
+    x = np.minimum(np.arange(1, records + 1) * max(1, steps // WARMUP_RECORDS), steps)
+
+    def draw(ax):
+        _chains(ax, x, values, failed)
+        shown = values[np.isfinite(values) & (values > 0)]
+        if name != "acceptance_rate" and len(shown):
+            log_axis(ax, shown)
+            # The first steps, which are far off, would flatten the rest.
+            ax.set_ylim(*(np.quantile(shown, [0.01, 0.99]) * [0.5, 2]))
+        ax.set(xlabel="warm-up step", ylabel=label.partition(":")[0])
+
+    last = values[:, -max(1, records // 10) :].mean(axis=1)
+    takeaway = _not_finite(values, label.partition(":")[0])
+    if not takeaway:
+        takeaway = (
+            f"{label[0].upper()}{label[1:]}; over the last tenth {number(float(np.median(last)))} "
+            f"(median; {number(float(last.min()))} to {number(float(last.max()))} over "
+            f"{plural(chains, 'chain')})."
+        )
+    alt = f"{label} against the warm-up, {_how(chains)}."
+    return Plot(f"Warm-up: {title.lower()}", takeaway, alt, f"warmup-{name}", draw)
 
 
 def log_density(values: np.ndarray, failed: Sequence[int], wide: bool = False) -> Plot:
@@ -256,9 +207,9 @@ def log_density(values: np.ndarray, failed: Sequence[int], wide: bool = False) -
         low, high = float(values[fine].min()), float(values[fine].max())
         margin = 0.05 * (high - low) + 1e-6
         limits = (low - margin, high + margin)
-        if chains <= MAX_LINES:
-            others = sorted(set(range(chains)) - set(fine))
-            off = [c for c in others if not (values[c] > limits[0]).any()]
+        others = sorted(set(range(chains)) - set(fine))
+        drawn = others if chains <= MAX_LINES else list(failed)[:MAX_FAILED]
+        off = [c for c in drawn if not (values[c] > limits[0]).any()]
 
     def draw(ax):
         _chains(ax, np.arange(1, draws + 1), values, failed)
@@ -287,7 +238,7 @@ def log_density(values: np.ndarray, failed: Sequence[int], wide: bool = False) -
         takeaway += f" Outside the figure: chain{'s' if len(off) > 1 else ''} {names}."
     takeaway = takeaway.strip() or f"{plural(draws, 'draw')} so far, too few to judge a trend."
     alt = f"Log-density against draw, {_how(chains)}."
-    return Plot("Sampling: log-density", takeaway, alt, svg("log-density", draw, wide), wide)
+    return Plot("Sampling: log-density", takeaway, alt, "log-density", draw, wide)
 
 
 def predicted(
@@ -361,7 +312,7 @@ def predicted(
         f"{plural(rows, 'test row')}, with the diagonal."
     )
     title = f"Predicted against observed: {target}"
-    return Plot(title, takeaway, alt, svg(f"predicted-{target}", draw))
+    return Plot(title, takeaway, alt, f"predicted-{target}", draw)
 
 
 def reliability(y: np.ndarray, probabilities: np.ndarray, bins: int = 10) -> Plot:
@@ -426,7 +377,7 @@ def reliability(y: np.ndarray, probabilities: np.ndarray, bins: int = 10) -> Plo
         "Share of correct predictions against the probability of the predicted class, in "
         f"{plural(len(used), 'bin')} with 95 % intervals, with the diagonal and the count per bin."
     )
-    return Plot("Reliability", takeaway, alt, svg("reliability", draw))
+    return Plot("Reliability", takeaway, alt, "reliability", draw)
 
 
 def coverage(scores: Mapping[str, Mapping[str, float]], rows: int) -> Plot:
@@ -492,7 +443,7 @@ def coverage(scores: Mapping[str, Mapping[str, float]], rows: int) -> Plot:
         "Observed against nominal coverage of the central intervals, with the diagonal: "
         + ", ".join(labels[name] for name in scores if name in labels)
     )
-    return Plot("Coverage of the intervals", takeaway, alt + ".", svg("coverage", draw))
+    return Plot("Coverage of the intervals", takeaway, alt + ".", "coverage", draw)
 
 
 def coverage_levels(scores: Mapping[str, float]) -> list[int]:
@@ -537,6 +488,18 @@ def _chains(ax, x: np.ndarray, values: np.ndarray, failed: Sequence[int]) -> Non
         low, lower, median, upper, high = quantiles
         ax.fill_between(middle, lower, upper, color=COLOURS["posterior"], alpha=0.25, lw=0)
         _band(ax, middle, low, median, high, "posterior", "median; bands 50 % and 90 %")
+    every = -(-points // MAX_BAND_POINTS)
+    for chain in list(failed)[:MAX_FAILED]:
+        ax.plot(
+            x[::every],
+            values[chain, ::every],
+            color=COLOURS["bad"],
+            lw=0.9,
+            alpha=0.8,
+            zorder=3,
+            label=f"chain {chain}",
+        )
+    if finite.any() or len(failed):
         ax.legend()
 
 
@@ -548,7 +511,10 @@ def _band(ax, x, low, middle, high, colour: str, label: str) -> None:
 def _how(chains: int) -> str:
     if chains <= MAX_LINES:
         return "one line per chain, chains that failed in red"
-    return f"median, 50 % and 90 % band over {chains:,} chains"
+    return (
+        f"median, 50 % and 90 % band over {chains:,} chains, and at most {MAX_FAILED} chains that "
+        "failed in red"
+    )
 
 
 def _not_finite(values: np.ndarray, name: str) -> str:
@@ -559,41 +525,3 @@ def _not_finite(values: np.ndarray, name: str) -> str:
     listed = ", ".join(map(str, bad[:8])) + (", ..." if len(bad) > 8 else "")
     left_out = ", left out of the bands" if len(values) > MAX_LINES else ""
     return f"{plural(len(bad), 'chain')} with a {name} that is not finite ({listed}){left_out}."
-
-
-def svg(name: str, draw: Callable[[Any], None], wide: bool = False) -> str:
-    """Draw on one pair of axes; return an SVG element without any address or fixed colour."""
-    with matplotlib.rc_context({**STYLE, "svg.hashsalt": name}), warnings.catch_warnings():
-        # The browser has glyphs that the font used for measuring lacks.
-        warnings.filterwarnings("ignore", message="Glyph")
-        figure = Figure(figsize=(11.2 if wide else 5.4, 3.5), layout="constrained")
-        ax = figure.subplots()
-        ax.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
-        draw(ax)
-        buffer = io.StringIO()
-        nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-        figure.savefig(buffer, format="svg", transparent=True, metadata=nothing, dpi=180)
-    root = ElementTree.fromstring(buffer.getvalue())
-    text = ElementTree.tostring(root, encoding="unicode")
-    for parent in root.iter():
-        for child in list(parent):
-            # A style element would hold for the whole page.
-            if _local(child.tag) == "style":
-                parent.remove(child)
-    for element in root.iter():
-        element.tag = _local(element.tag)
-        element.attrib = {_local(key): value for key, value in element.attrib.items()}
-        # Of the names only those referred to are needed; the salt makes them unique on the page.
-        if f"#{element.get('id')}" not in text:
-            element.attrib.pop("id", None)
-        if "d" in element.attrib:
-            element.set("d", re.sub(r"(\.\d\d)\d+", r"\1", element.attrib["d"].replace("\n", "")))
-        for role, colour in COLOURS.items():
-            if "style" in element.attrib:
-                element.set("style", element.attrib["style"].replace(colour, f"var(--{role})"))
-    root.attrib = {"viewBox": root.attrib["viewBox"], "aria-hidden": "true"}
-    return ElementTree.tostring(root, encoding="unicode")
-
-
-def _local(name: str) -> str:
-    return name.rpartition("}")[2]

@@ -5,24 +5,42 @@ from typing import Any
 import numpy as np
 from matplotlib.colors import LinearSegmentedColormap
 
-from bnnmcmc.report import figures
-from bnnmcmc.report.figures import COLOURS, Plot, number, plural
+from bnnmcmc.modes import Unseen, say_unseen
+from bnnmcmc.report.drawing import COLOURS, Plot
+from bnnmcmc.report.folder import RunFolder
+from bnnmcmc.report.parts import Cell, Column, Explanation, Section, Sentence, Table
+from bnnmcmc.report.text import number, percent, plural
+
+# Modes listed one by one, largest first.
+MAX_MODES = 20
+WHICH = ("median", "max")
+EXPLAINED = (
+    Explanation(
+        "Functional mode",
+        "Chains whose predictions for held-out inputs differ on average by no more than the limit, "
+        "Monte Carlo error taken off (average linkage). Weights play no part in it.",
+        "",
+        "Yao, Vehtari and Gelman (2022), JMLR 23, on chains that do not mix",
+    ),
+    Explanation(
+        "Unseen share",
+        "How much of the posterior no chain has been in, from how many modes were seen once; a "
+        "mode's share is that of the chains that end in it.",
+        "f₁ / n (Good and Turing); modes ≥ S + f₁(f₁ − 1) / (2 (f₂ + 1)) (Chao1)",
+        "Good (1953), Biometrika 40; Chao (1984), Scandinavian Journal of Statistics 11",
+    ),
+)
 
 
-def section(diagnostics: dict[str, Any] | None) -> dict[str, Any] | None:
-    """Return the section's table and plots, None for a run that has nothing to show.
+def section(run: RunFolder) -> Section | None:
+    """Return the section, None for a run that has nothing to show.
 
     Parameters
     ----------
-    diagnostics : dict or None
-        As in diagnostics.json, with the entry "exploration" (`exploration.as_json`).
-
-    Returns
-    -------
-    dict or None
-        "note", "rows" (mode, chains, ESS, numbers of the chains), "plots".
+    run : RunFolder
+        Its diagnostics have the entry "exploration" (`exploration.as_json`).
     """
-    found = (diagnostics or {}).get("exploration")
+    found = (run.diagnostics or {}).get("exploration")
     if not found:
         return None
     plots = []
@@ -33,43 +51,62 @@ def section(diagnostics: dict[str, Any] | None) -> dict[str, Any] | None:
         plots.append(running_scores(running))
     if not plots:
         return None
-    return {"note": _note(modes), "rows": _rows(modes), "plots": plots}
-
-
-def _note(modes: dict[str, Any] | None) -> str:
-    if not modes:
-        return ""
-    return (
-        "Chains are in one functional mode if their predictions for held-out inputs differ on "
-        f"average by less than {modes['limit']:.2f} standard deviations within a chain (an R-hat "
-        "of 1.1), Monte Carlo error taken off. Weights play no part in it."
+    return Section(
+        "modes",
+        "Modes",
+        takeaways=[Sentence("info", say_unseen(Unseen(**modes["unseen"])))] if modes else (),
+        plots=plots,
+        tables=[*_table(modes), *_weights_table(found.get("weights"))],
+        explained=EXPLAINED,
     )
 
 
-def _rows(modes: dict[str, Any] | None, most: int = 20) -> list[dict[str, str]]:
+def _table(modes: dict[str, Any] | None) -> list[Table]:
+    """Return the table of modes: chains, share, ESS, and which chains."""
     if not modes or len(modes["chains"]) < 2:
         return []
     chains, labels = np.array(modes["chains"]), np.array(modes["labels"])
-    rows = []
-    for mode, (count, worth) in enumerate(zip(modes["counts"][:most], modes["ess"], strict=False)):
+    total, rows = sum(modes["counts"]), []
+    shown = zip(modes["counts"][:MAX_MODES], modes["ess"], strict=False)
+    for mode, (count, worth) in enumerate(shown):
         members = chains[labels == mode]
         listed = ", ".join(map(str, members[:12])) + (", ..." if len(members) > 12 else "")
         rows.append(
-            {
-                "mode": str(mode + 1),
-                "chains": f"{count:,}",
-                "share": figures.percent(count / sum(modes["counts"])),
-                "ess": number(round(worth, 1)),
-                "members": listed,
-            }
+            [
+                Cell(str(mode + 1)),
+                Cell(f"{count:,}"),
+                Cell(percent(count / total)),
+                Cell(number(round(worth, 1))),
+                Cell(listed, classes="text"),
+            ]
         )
-    rest = len(modes["counts"]) - most
-    if rest > 0:
-        rows.append(
-            {"mode": f"{rest:,} more", "chains": f"{sum(modes['counts'][most:]):,}"}
-            | dict.fromkeys(("share", "ess", "members"), "")
-        )
-    return rows
+    rest = modes["counts"][MAX_MODES:]
+    if rest:
+        rows.append([Cell(f"{len(rest):,} more"), Cell(f"{sum(rest):,}"), *[Cell("")] * 3])
+    columns = [Column(label) for label in ("Mode", "Chains", "Share", "ESS")]
+    note = (
+        "Chains are in one functional mode if their predictions for held-out inputs differ on "
+        f"average by less than {modes['limit']:.2f} standard deviations within a chain (an R-hat "
+        "of 1.1), Monte Carlo error taken off."
+    )
+    return [Table([*columns, Column("Which", text=True)], rows, note=note, headed=True)]
+
+
+def _weights_table(weights: dict[str, Any] | None) -> list[Table]:
+    """Return the table of R-hat across chains in weight space, before and after alignment."""
+    if not weights:
+        return []
+    rows = [
+        [Cell(what), *(Cell(number(round(weights[f"{when}_{which}"], 2))) for which in WHICH)]
+        for what, when in (("as they are", "before"), ("aligned", "after"))
+    ]
+    of = "the largest mode" if weights["mode"] else "the run"
+    note = (
+        f"R-hat of the weights across {plural(weights['chains'], 'chain')} of {of}; aligned: units "
+        "permuted and signs flipped so that networks which are equal lie on each other."
+    )
+    columns = [Column("Weights"), Column("R-hat, median"), Column("largest")]
+    return [Table(columns, rows, title="Weights and symmetry", note=note, headed=True)]
 
 
 def distances(modes: dict[str, Any]) -> Plot:
@@ -116,7 +153,7 @@ def distances(modes: dict[str, Any]) -> Plot:
     if len(modes["chains"]) > chains:
         takeaway += f" {chains} of them are shown."
     alt = f"Matrix of distances between the predictions of {plural(chains, 'chain')}, by mode."
-    return Plot("Distances between chains", takeaway, alt, figures.svg("distances", draw))
+    return Plot("Distances between chains", takeaway, alt, "distances", draw)
 
 
 def running_scores(running: dict[str, Any]) -> Plot:
@@ -174,4 +211,4 @@ def running_scores(running: dict[str, Any]) -> Plot:
     alt = (
         "LPPD of the pooled posterior against the part of it that is used, by draws and by chains."
     )
-    return Plot("What a larger pool gains", takeaway, alt, figures.svg("running-lppd", draw))
+    return Plot("What a larger pool gains", takeaway, alt, "running-lppd", draw)
