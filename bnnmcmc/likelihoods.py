@@ -303,7 +303,7 @@ def _level(targets: int, level: float | Sequence[float], highest: float) -> np.n
 
 
 def _rate(output: jax.Array, level: np.ndarray) -> jax.Array:
-    return level * jnp.exp(jnp.clip(output, -MAX_LOG_RATE, MAX_LOG_RATE))
+    return jnp.asarray(level, output.dtype) * jnp.exp(jnp.clip(output, -MAX_LOG_RATE, MAX_LOG_RATE))
 
 
 def poisson(targets: int = 1, level: float | Sequence[float] = 1.0) -> Likelihood:

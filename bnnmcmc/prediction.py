@@ -186,7 +186,12 @@ class Prediction:
                 f"levels: found {levels}, expected numbers between 0 and 1, such as 0.9"
             )
         if self._mixture is None:
-            found = np.quantile(self._numeric("quantile", self.samples), wanted, axis=0)
+            if self.samples is None:
+                raise InputError(
+                    "quantile: the likelihood has no distribution function, and there are too many "
+                    "rows for samples; predict fewer rows at a time"
+                )
+            found = np.quantile(self.samples, wanted, axis=0)
         else:
             center, scale = self._units
             found = self._mixture.quantiles(wanted) * scale + center

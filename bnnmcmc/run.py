@@ -263,14 +263,11 @@ class Run:
             No held-out rows, rows the posterior conditions on, or a method that does not go with
             the target.
         """
-        own = replace(self, correction=None)
-        if rows is None:
-            x, target = self._held_out_rows(method)
-        else:
-            x, target = self._encode(rows, y)
-            if target is None:
-                raise InputError("calibrated: the rows have no target column; give y")
-        pooled = pool(self.posterior, own.pooled_draws, x, seed=self.seed, samples=False)
+        given = self._held_out_rows(method) if rows is None else self._encode(rows, y)
+        x, target = given
+        if target is None:
+            raise InputError("calibrated: the rows have no target column; give y")
+        pooled = pool(self.posterior, self.pooled_draws, x, seed=self.seed, samples=False)
         prediction, encoding = in_target_units(pooled, self.encoding), self.encoding
         observed = np.asarray(target)
         if prediction.classes is not None:

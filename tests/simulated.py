@@ -1,6 +1,5 @@
 """Data of which the truth is known, and small networks sampled on them."""
 
-import jax
 import numpy as np
 
 import bnnmcmc
@@ -39,6 +38,7 @@ def sampled(posterior, x, y, seed=0, members=2, warmup=1500, draws=100, max_epoc
         posterior,
         *(x[:cut], y[:cut], x[cut:], y[cut:]),
         members=members,
+        batch_size=16,
         max_epochs=max_epochs,
         seed=seed,
     )
@@ -54,5 +54,4 @@ def fitted(name, rows, seed):
     x = rng.uniform(-2, 2, (rows + 200, 1))
     y = truth(x, rng)
     run = sampled(POSTERIORS[name], x[:rows], y[:rows], seed)
-    jax.clear_caches()  # each repetition compiles its own programs, kept on disk
     return run, x[rows:], y[rows:]

@@ -2,7 +2,9 @@
 
 import json
 
+import jax
 import numpy as np
+import pandas as pd
 import pytest
 import scipy.optimize
 import scipy.stats as st
@@ -11,6 +13,7 @@ import bnnmcmc
 from bnnmcmc import predictive
 from bnnmcmc.config import parse
 from bnnmcmc.errors import InputError
+from bnnmcmc.health import ChainStatus
 from bnnmcmc.pooling import chain_weights, effective_chains
 
 QUICK = ["sampler.warmup=150", "sampler.draws=20", "ensemble.max_epochs=30"]
@@ -116,8 +119,26 @@ def test_a_run_stacks_on_its_validation_rows_alone(tiny, here):
     assert (few.chains, few.draws) == (3, 4)
 
 
-def test_weights_are_never_fitted_on_rows_that_the_chains_have_seen(finished):
-    run = bnnmcmc.Run.open(finished / "run")
+def made_up(rows):
+    """A run of random draws, made by hand, whose posterior conditions on these parts."""
+    rng = np.random.default_rng(0)
+    frame = pd.DataFrame(rng.normal(size=(60, 2)), columns=["a", "b"])
+    price = pd.Series(10 + 3 * frame["a"] + rng.normal(size=60), name="price")
+    split = bnnmcmc.Split(test=0.2, validation=0.4)
+    data = bnnmcmc.prepare(bnnmcmc.table_from_arrays(frame, price), task="regression", split=split)
+    posterior = bnnmcmc.Posterior(bnnmcmc.mlp(2, [], 2), bnnmcmc.gaussian(), bnnmcmc.normal_prior())
+    shapes = jax.eval_shape(posterior.init, jax.random.key(0))
+    tree = jax.tree.map(lambda leaf: rng.normal(size=(3, 8, *leaf.shape)) / 2, shapes)
+    chosen = np.concatenate([getattr(data, part) for part in rows])
+    fine = (ChainStatus("ok", ""),) * 3
+    draws = predictive.draws_in_memory(tree)
+    return bnnmcmc.Run(
+        posterior, draws, {}, data.x[chosen], data.y[chosen], fine, dataset=data
+    ), frame.assign(price=price)
+
+
+def test_weights_are_never_fitted_on_rows_that_the_chains_have_seen():
+    run, frame = made_up(["train", "validation"])
     with pytest.raises(
         InputError, match=r'conditions on them; sample with sampler\.rows = "train"'
     ):
@@ -126,3 +147,31 @@ def test_weights_are_never_fitted_on_rows_that_the_chains_have_seen(finished):
         run.calibrated("cqr")
     with pytest.raises(InputError, match="expected one of equal, stacking"):
         run.weighted("best")
+    # Rows of the user's own are the user's word.
+    assert run.weighted("pseudo_bma", frame.iloc[run.dataset.validation]).weights.sum() == 1
+
+
+def test_intervals_of_a_run_corrected_on_its_validation_rows():
+    run, frame = made_up(["train"])
+    corrected = run.calibrated("cqr")
+    held_out = frame.iloc[run.dataset.validation]
+    found = corrected.predict(held_out)
+    assert found.calibration == "conformalised quantile intervals from 24 held-out rows"
+    y = held_out["price"].to_numpy()[:, None]
+    low, high = found.interval(0.8)
+    # On the very rows: 20 of 24, in the target's own units.
+    assert ((low <= y) & (y <= high)).sum() == 20
+    own = run.predict(held_out)
+    assert own.calibration == ""
+    np.testing.assert_array_equal(found.mean, own.mean)
+    with pytest.raises(InputError, match="needs a classification"):
+        run.calibrated("temperature")
+    stacked = run.weighted("stacking")
+    assert np.argmax(stacked.weights) == np.argmax(
+        predictive.chain_log_densities(
+            run.posterior,
+            run.draws,
+            run.dataset.x[run.dataset.validation],
+            run.dataset.y[run.dataset.validation],
+        ).sum(axis=1)
+    )
