@@ -509,6 +509,10 @@ class BNNClassifier(ClassifierMixin, _BNN):
         name = _targets(self, y).columns[0]
         self._one_target = True
         labels = column_or_1d(np.asarray(_as_array(y)), warn=True)
+        finite = np.isfinite(labels) if labels.dtype.kind == "f" else ~pd.isna(labels)
+        if not finite.all():
+            row = int(np.argmin(finite))
+            raise InputError(f"y, row {row + 1}: found {labels[row]}, expected a label")
         check_classification_targets(labels)
         classes, codes = np.unique(labels, return_inverse=True)
         return self._fit(table, pd.DataFrame({name: codes}), classes, sample_weight)
@@ -542,7 +546,8 @@ class BNNClassifier(ClassifierMixin, _BNN):
         numpy array (rows,)
             In the labels' own type.
         """
-        return self.classes_[self.predict_proba(X).argmax(axis=1)]
+        probabilities = self.predict_proba(X)
+        return self.classes_[probabilities.argmax(axis=1)]
 
     def _default_likelihood(self) -> str:
         return "categorical"

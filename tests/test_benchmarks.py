@@ -25,6 +25,7 @@ from experiments.benchmarks import (
     whole_fit,
 )
 from experiments.benchmarks.__main__ import BENCHMARKS, app
+from experiments.benchmarks.processes import in_fresh_process
 from experiments.benchmarks.settings import Settings, setting_words
 
 # A stand-in for the peer: two members, three draws, whose predictions are known.
@@ -236,3 +237,11 @@ def test_time_to_lppd_runs_the_draws_it_needs(settings):
     for row in reached:
         assert row["our_lppd"] >= row["peer_lppd"] - 1e-4
         assert row["times_faster"] == pytest.approx(row["peer_seconds"] / row["our_seconds"])
+
+
+@pytest.mark.slow
+def test_rows_are_predicted_in_flat_memory(settings):
+    found = in_fresh_process("experiments.benchmarks.predict_rows", "measure", settings)
+    assert [row["rows"] for row in found["rows"]] == [100, 1000]
+    assert all(row["rows_per_second"] > 0 and row["peak_mb"] > 0 for row in found["rows"])
+    assert found["flat"]
