@@ -77,7 +77,8 @@ def test_every_mistake_is_reported_at_once():
         ({"mdel": {}}, "mdel: unknown key; did you mean 'model'?"),
         (
             {"zzz": 1},
-            "zzz: unknown key; known: data, model, likelihood, prior, ensemble, sampler, stop, run",
+            "zzz: unknown key; known: data, model, likelihood, prior, ensemble, sampler, stop, "
+            "pool, run",
         ),
         ({"float": 1}, "float: unknown key; known: data, model, likelihood, prior, ensemble, "),
         ({"model": {"str": 1}}, "model.str: unknown key; known: hidden, activation, skip, network"),
