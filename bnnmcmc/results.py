@@ -9,9 +9,10 @@ import numpy as np
 
 from bnnmcmc import diagnostics, exploration, store, trees
 from bnnmcmc.data import target_to_units
+from bnnmcmc.errors import InputError
 from bnnmcmc.pooling import effective_chains
-from bnnmcmc.prediction import in_target_units
-from bnnmcmc.predictive import Pooled, draws_in_memory, per_draw, pool, thinned
+from bnnmcmc.prediction import Prediction, in_target_units
+from bnnmcmc.predictive import Pooled, draws_in_memory, pool, thinned
 from bnnmcmc.run import Run, open_inputs, scores
 from bnnmcmc.stopping import FolderInUseError, locked
 from bnnmcmc.verdict import verdict
@@ -24,8 +25,6 @@ MAX_DIAGNOSED_WEIGHTS = 200
 ALIGNED_DRAWS, MIN_ALIGNED_DRAWS = 200, 20
 # Numbers in these draws; more are not aligned.
 MAX_ALIGNED_SIZE = 2e7
-# The entropy of single draws' predictions is a mean over at most so many numbers.
-MAX_ENTROPY_VALUES = 20_000_000
 # The scales of inputs are summed up from so many draws in all.
 MAX_SCALE_DRAWS = 20_000
 QUANTILES = (0.025, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.975)
@@ -197,7 +196,7 @@ def _write_scores(run: Run, folder: Path) -> None:
             "y": y,
             "probabilities": prediction.probabilities,
             "classes": np.array([str(label) for label in encoding.classes or ()]),
-            "expected_entropy": _expected_entropy(run, x),
+            "expected_entropy": found["posterior"].expected_entropy,
         }
     else:
         arrays |= {
@@ -207,32 +206,29 @@ def _write_scores(run: Run, folder: Path) -> None:
             "epistemic_sd": prediction.epistemic_sd,
             "levels": np.array(QUANTILES),
             "quantiles": prediction.quantile(QUANTILES),
-            "pit": _pit(found["posterior"], y),
+            "pit": _pit(prediction, found["posterior"], target_to_units(encoding, y), y),
         }
     store.write_arrays(folder / "predictions.npz", arrays)
 
 
-def _pit(pooled: Pooled, y: np.ndarray) -> np.ndarray:
-    """Return F(y) of the pooled predictive, (rows, targets), from its samples; NaN stays NaN."""
-    assert pooled.samples is not None
-    y = np.asarray(y)
+def _pit(prediction: Prediction, pooled: Pooled, in_units: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Return F(y) of the pooled predictive, (rows, targets); NaN stays NaN."""
+    try:
+        return prediction.pit(in_units)
+    except InputError:
+        # A joint likelihood of the user's own has no distribution function, but samples.
+        assert pooled.samples is not None
+        return _pit_of_samples(pooled.samples, y)
+
+
+def _pit_of_samples(samples: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Return the share of samples (samples, rows, targets) below y, half of those equal to it."""
     below, same = (np.zeros(y.shape) for _ in range(2))
-    for sample in pooled.samples:
+    for sample in samples:
         below += sample < y
         same += sample == y
-    unknown = np.isnan(y) | np.isnan(pooled.samples).any(axis=0)
-    return np.where(unknown, np.nan, (below + same / 2) / len(pooled.samples))
-
-
-def _expected_entropy(run: Run, x: np.ndarray) -> np.ndarray:
-    """Return the mean over draws of the entropy of their class probabilities, (rows,), in nats."""
-    draws = run.pooled_draws if run.pooled_chains else run.draws
-    classes = max(2, run.posterior.likelihood.num_outputs)
-    most = max(1, MAX_ENTROPY_VALUES // (draws.chains * classes * len(x)))
-    few = thinned(draws, -(-draws.draws // most))
-    p = per_draw(run.posterior, few, x)["probabilities"].astype(np.float64)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return -np.where(p == 0, 0.0, p * np.log(p)).sum(axis=-1).mean(axis=(0, 1))
+    unknown = np.isnan(y) | np.isnan(samples).any(axis=0)
+    return np.where(unknown, np.nan, (below + same / 2) / len(samples))
 
 
 def _write_inputs(run: Run, folder: Path) -> None:

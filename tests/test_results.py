@@ -6,19 +6,14 @@ import pytest
 from conftest import TINY, write_tiny
 from scipy.stats import percentileofscore
 
-from bnnmcmc.predictive import Pooled
-from bnnmcmc.results import _expected_entropy, _pit
+from bnnmcmc.results import _pit_of_samples
 from bnnmcmc.run import Run
-
-
-def pooled(samples):
-    return Pooled(None, None, None, None, samples, None)
 
 
 def test_pit_is_the_share_of_samples_below_ties_half():
     rng = np.random.default_rng(0)
     samples, y = rng.integers(0, 9, (50, 7, 2)), rng.integers(0, 9, (7, 2))
-    found = _pit(pooled(samples.astype(float)), y.astype(float))
+    found = _pit_of_samples(samples.astype(float), y.astype(float))
     for row, target in np.ndindex(7, 2):
         expected = percentileofscore(samples[:, row, target], y[row, target], kind="mean") / 100
         assert found[row, target] == pytest.approx(expected)
@@ -27,7 +22,7 @@ def test_pit_is_the_share_of_samples_below_ties_half():
 def test_a_nan_makes_a_pit_nan():
     samples, y = np.zeros((5, 3, 1)), np.zeros((3, 1))
     samples[2, 1], y[2] = np.nan, np.nan
-    assert np.isnan(_pit(pooled(samples), y))[:, 0].tolist() == [False, True, True]
+    assert np.isnan(_pit_of_samples(samples, y))[:, 0].tolist() == [False, True, True]
 
 
 def test_densities_and_entropies_of_single_rows(tmp_path, here):
@@ -51,4 +46,3 @@ def test_densities_and_entropies_of_single_rows(tmp_path, here):
     np.testing.assert_allclose(stored["expected_entropy"], entropy.mean(axis=(0, 1)), rtol=1e-3)
     total = -(p * np.log(p)).sum(axis=1)
     assert (stored["expected_entropy"] <= total + 1e-6).all()
-    assert _expected_entropy(run, x).shape == y.shape
