@@ -178,7 +178,7 @@ def test_resume_adds_the_draws_a_longer_run_would_have(finished, tmp_path, here)
     np.testing.assert_array_equal(added, longer)
 
 
-@pytest.mark.slow  # a timing, so alone; .ci/run does that
+@pytest.mark.alone
 def test_time_budget_is_kept_with_everything_usable(tiny, cli):
     big = ["ensemble.max_epochs=1000000", "ensemble.patience=1000000"]
     big += ["sampler.warmup=10000000", "sampler.draws=1000000"]
@@ -219,6 +219,7 @@ def test_classification_with_text_labels(tiny, here):
     assert sum(map(float, probabilities)) == pytest.approx(1, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_sweep_runs_a_grid_and_goes_on_where_it_stopped(tiny, cli):
     quick = ["--set", "sampler.draws=5", "sampler.warmup=20", "ensemble.max_epochs=5"]
     arguments = ["sweep", "tiny.toml", "--grid", "model.hidden=[],[4]", "--out", "s"]

@@ -109,7 +109,7 @@ def in_process(script, *arguments, **environment):
     )
 
 
-@pytest.mark.slow  # a timing, so alone; .ci/run does that
+@pytest.mark.alone
 def test_a_second_process_compiles_nothing_and_draws_the_same(tmp_path):
     """On two devices, with donated buffers; the draws of executables from disk, bit for bit."""
     runs = []

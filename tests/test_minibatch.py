@@ -579,9 +579,8 @@ def test_a_minibatch_kernel_of_ones_own_by_name():
 SETTINGS = ["sampler.batch_size=16", "sampler.warmup=60", "sampler.thin=3", "sampler.anchor=4"]
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[] if n == "smile" else SLOW) for n in MINIBATCH]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MINIBATCH)
 def test_a_run_with_added_draws_is_the_longer_run(tiny, here, name):
     text = TINY.replace('"mclmc"', f'"{name}"')
     (tiny / "tiny.toml").write_text(text)
