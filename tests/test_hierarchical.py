@@ -246,6 +246,7 @@ global_scale = 0.5
 """
 
 
+@pytest.mark.slow
 def test_a_whole_run(tiny, here):
     text = (tiny / "tiny.toml").read_text()
     (tiny / "h.toml").write_text(text + SECTION)

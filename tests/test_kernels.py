@@ -312,7 +312,14 @@ def draws_with(name, warmup=200, **options):
     return np.asarray(run(jax.random.key(2), jnp.full(3, 0.5))[3][0].position)
 
 
-@pytest.mark.parametrize(("name", "option", "value"), OTHER)
+# Each compiles two kernels; most options of these three are those of another one too.
+SLOW = ("mams", "hmc", "sgld")
+
+
+@pytest.mark.parametrize(
+    ("name", "option", "value"),
+    [pytest.param(*o, marks=pytest.mark.slow if o[0] in SLOW else []) for o in OTHER],
+)
 def test_every_option_changes_the_draws(name, option, value):
     base = BESIDE.get(option, {}) | ({"metric": "low_rank"} if option in LOW_RANK_ONLY else {})
     warmup = LONG.get(option, 200)
@@ -438,7 +445,7 @@ def in_many_dimensions(start, end):
     return run(jax.random.key(0), jnp.full(100, 0.5))
 
 
-@pytest.mark.parametrize("end", [0.5, 0.02])
+@pytest.mark.parametrize("end", [pytest.param(0.5, marks=pytest.mark.slow), 0.02])
 def test_mclmc_reaches_the_wanted_energy_variance(end):
     kernel = mclmc(energy_variance_start=5.0, energy_variance_end=end)
     run = jax.vmap(chain(kernel, round_gaussian, warmup=2000, steps=1000), in_axes=(0, None))

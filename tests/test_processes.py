@@ -75,6 +75,7 @@ def test_two_processes_give_what_one_gives(finished, tiny):
     assert {tuple(sorted(p.name for p in (a / "c").iterdir())) for a in arrays} == {("0", "1")}
 
 
+@pytest.mark.slow
 def test_the_loss_of_a_process_is_told_and_the_others_draws_survive(finished, tiny, cli):
     quick = ["--quiet", "--set", "run.block_draws=1"]
     codes, said = lose(1, "sampling", ["run", "tiny.toml", "--out", "run", *quick], cwd=tiny)
