@@ -155,6 +155,7 @@ def test_block_size_does_not_change_the_draws(tiny, undisturbed, here):
     assert_equal_runs(undisturbed, tiny / "run")
 
 
+@pytest.mark.slow
 def test_the_placement_is_chosen_once(tiny, here, monkeypatch):
     """Stored with its reason, kept on another machine, and enough to repeat the run bit for bit."""
     monkeypatch.setattr("bnnmcmc.calibration.caches", lambda cores: Fast(2**20, 2**24))
