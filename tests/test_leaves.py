@@ -66,6 +66,7 @@ def test_the_rest_is_conditioned_on(kernel, mode):
     np.testing.assert_allclose(found.stats["log_density"], densities, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_last_layer_of_a_run(tiny, here):
     leaves = "sampler.leaves=['layer1']"
     code, out, err = here("check", "tiny.toml", "--set", leaves, cwd=tiny)

@@ -48,6 +48,7 @@ def test_coverage_of_a_few_repetitions():
     assert np.all(np.abs(found.mean(axis=0) - LEVELS) < 0.1)
 
 
+@pytest.mark.slow
 def test_the_epistemic_share_falls_as_rows_grow():
     shares = []
     for rows in (40, 400):

@@ -57,6 +57,7 @@ def test_wrong_targets_are_refused_before_any_work(kind, cell, message, tmp_path
 
 
 @pytest.mark.parametrize("kind", ["negative_binomial"])
+@pytest.mark.slow
 def test_a_whole_run_on_counts(kind, tmp_path, here):
     counts().to_csv(tmp_path / "table.csv", index=False)
     text = '[data]\npath = "table.csv"\ntarget = "visits"\n[model]\nhidden = [4]\n'
