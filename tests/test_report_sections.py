@@ -9,6 +9,7 @@ from test_report import change, make_run
 
 from bnnmcmc.live import MAX_POINTS, Live, read_progress
 from bnnmcmc.report.folder import read_run
+from bnnmcmc.report.page import verdict
 from bnnmcmc.report.sections import (
     calibration,
     chains,
@@ -134,6 +135,22 @@ def test_lead_over_another_model(rng):
     assert (even.level, even.text[:20]) == ("note", "Not told apart from ")
     assert scores_section.lead(gap * np.nan, "ensemble").level == "bad"
     assert "one row shows nothing" in scores_section.lead(gap[:1], "ensemble").text
+
+
+def test_the_verdict_says_which_difference_may_be_chance(tmp_path):
+    folder = make_run(tmp_path / "run")
+    stored = dict(np.load(folder / "predictions.npz"))
+    noise = np.random.default_rng(0).normal(size=len(stored["y"]))
+    densities = {
+        "log_density_posterior": 0.0 * noise,
+        "log_density_ensemble": -0.08 + 2 * (noise - noise.mean()),
+        "log_density_best_member": -0.27 + 0.1 * (noise - noise.mean()),
+    }
+    np.savez(folder / "predictions.npz", **(stored | densities))
+    said = next(s for s in verdict(read_run(folder)) if "scores an LPPD" in s.text)
+    assert "than the deep ensemble (which may be chance) and 0.2693" in said.text
+    assert said.text.endswith("than the best member.")
+    assert said.level == "note"
 
 
 def test_how_much_test_rows_tell():

@@ -329,18 +329,20 @@ def _compared(
         # Row by row it is known which differences may be chance.
         order = ("bad", "note", "info", "good")
         level = min((sentence.level for sentence in leads), key=order.index)
-    chance = " That may be chance (see the scores)." if level == "note" else ""
-    parts = [
-        f"{number(abs(round(d, 4)))} nats per row {'better' if d > 0 else 'worse'} than {label}"
-        if math.isfinite(d) and d != 0
-        else f"{'level with' if d == 0 else 'not comparable with'} {label}"
-        for label, d in differences.items()
-    ]
+    parts = []
+    for i, (label, d) in enumerate(differences.items()):
+        if math.isfinite(d) and d != 0:
+            word = "better" if d > 0 else "worse"
+            text = f"{number(abs(round(d, 4)))} nats per row {word} than {label}"
+        else:
+            text = f"{'level with' if d == 0 else 'not comparable with'} {label}"
+        unsure = len(leads) == len(differences) and leads[i].level == "note"
+        parts.append(f"{text}{' (which may be chance)' if unsure else ''}")
     sentences.append(
         Sentence(
             level,
             f"The pooled posterior scores an LPPD of {number(own)} on {plural(rows, 'test row')}: "
-            f"{' and '.join(parts)}.{chance}",
+            f"{' and '.join(parts)}.",
         )
     )
     return sentences
