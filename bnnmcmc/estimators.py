@@ -335,7 +335,9 @@ class _BNN(BaseEstimator):
                 sampler[name] = getattr(self, name)
         if self.weights != "equal":
             sampler.setdefault("rows", "train")
-        likelihood = self.likelihood if self.likelihood is not None else self._default_likelihood()
+        likelihood = self.likelihood
+        if likelihood is None:
+            likelihood = "gaussian" if numeric else "categorical"
         tables: dict[str, Any] = {
             "data": {"source": "memory"},
             "model": {"hidden": list(self.hidden), "activation": self.activation},
@@ -356,9 +358,6 @@ class _BNN(BaseEstimator):
                 f"{config.task}, not for {type(self).__name__}"
             )
         return config
-
-    def _default_likelihood(self) -> str:
-        raise NotImplementedError
 
     def _console(self) -> Console:
         return Console(stderr=True, quiet=not self.verbose, highlight=False)
@@ -467,9 +466,6 @@ class BNNRegressor(RegressorMixin, _BNN):
     def _squeezed(self, values: np.ndarray) -> np.ndarray:
         return values[..., 0] if self._one_target else values
 
-    def _default_likelihood(self) -> str:
-        return "gaussian"
-
 
 class BNNClassifier(ClassifierMixin, _BNN):
     """A Bayesian neural network for classes; ``classes_`` are the labels, sorted.
@@ -548,9 +544,6 @@ class BNNClassifier(ClassifierMixin, _BNN):
         """
         probabilities = self.predict_proba(X)
         return self.classes_[probabilities.argmax(axis=1)]
-
-    def _default_likelihood(self) -> str:
-        return "categorical"
 
 
 # -------------------------------------------------------------------------------------- parts

@@ -83,35 +83,44 @@ def _check_scale(scale: Scale, scale_prior: float, name: str = "scale") -> None:
         raise InputError(f"likelihood.scale_prior: found {scale_prior}, expected a positive number")
 
 
-def _location_scale(
+def _positive(raw: jax.Array) -> jax.Array:
+    return jax.nn.softplus(raw) + MIN_SCALE
+
+
+def _with_spread(
     targets: int,
-    scale: Scale,
+    spread: Scale,
     scale_prior: float,
     family: Callable[[Any, jax.Array, jax.Array | float], dist.Distribution],
     init: Callable[[], dict] = _no_params,
     log_prior: Callable[[Any], jax.Array] = _no_prior,
+    *,
+    of_output: Callable[[jax.Array], jax.Array] = _positive,
+    of_log_scale: Callable[[jax.Array], jax.Array] = jnp.exp,
+    support: Support = "real",
+    name: str = "scale",
 ) -> Likelihood:
-    """Build a likelihood with a predicted location, and a scale as `gaussian` says.
+    """Build a likelihood with a predicted location, and a spread as `gaussian` says of its scale.
 
-    ``family(params, location, scale)``, with ``init`` and ``log_prior`` of its further parameters.
+    ``family(params, location, spread)``, with ``init`` and ``log_prior`` of its further parameters;
+    ``of_output`` makes a predicted spread of an output, ``of_log_scale`` a sampled one.
     """
     _check_count(targets)
-    _check_scale(scale, scale_prior)
+    _check_scale(spread, scale_prior, name)
 
-    if scale == "predicted":
+    if spread == "predicted":
 
         def predicted(params, outputs):
             # Cut across rows as the networks compute them: outputs.T is what they hold.
             location, raw = (part.T for part in jnp.split(outputs.T, 2))
-            spread = jax.nn.softplus(raw) + MIN_SCALE
-            return family(params, location, spread).to_event(1)
+            return family(params, location, of_output(raw)).to_event(1)
 
-        return Likelihood(predicted, 2 * targets, init, log_prior, "regression")
+        return Likelihood(predicted, 2 * targets, init, log_prior, "regression", support)
 
-    if scale == "sampled":
+    if spread == "sampled":
 
         def sampled(params, outputs):
-            return family(params, outputs, jnp.exp(params["log_scale"])).to_event(1)
+            return family(params, outputs, of_log_scale(params["log_scale"])).to_event(1)
 
         def both_priors(params):
             eta = params["log_scale"]
@@ -121,12 +130,12 @@ def _location_scale(
         def both_inits():
             return {"log_scale": jnp.full((targets,), jnp.log(0.5)), **init()}
 
-        return Likelihood(sampled, targets, both_inits, both_priors, "regression")
+        return Likelihood(sampled, targets, both_inits, both_priors, "regression", support)
 
     def known(params, outputs):
-        return family(params, outputs, scale).to_event(1)
+        return family(params, outputs, spread).to_event(1)
 
-    return Likelihood(known, targets, init, log_prior, "regression")
+    return Likelihood(known, targets, init, log_prior, "regression", support)
 
 
 def gaussian(targets: int = 1, scale: Scale = "predicted", scale_prior: float = 1.0) -> Likelihood:
@@ -162,7 +171,7 @@ def gaussian(targets: int = 1, scale: Scale = "predicted", scale_prior: float = 
     def normal(params, location, scale):
         return dist.Normal(location, scale, validate_args=False)
 
-    return _location_scale(targets, scale, scale_prior, normal)
+    return _with_spread(targets, scale, scale_prior, normal)
 
 
 def laplace(targets: int = 1, scale: Scale = "predicted", scale_prior: float = 1.0) -> Likelihood:
@@ -188,7 +197,7 @@ def laplace(targets: int = 1, scale: Scale = "predicted", scale_prior: float = 1
     def family(params, location, scale):
         return dist.Laplace(location, scale, validate_args=False)
 
-    return _location_scale(targets, scale, scale_prior, family)
+    return _with_spread(targets, scale, scale_prior, family)
 
 
 def student_t(
@@ -243,8 +252,8 @@ def student_t(
         return (dist.Gamma(2.0, 0.1, validate_args=False).log_prob(jnp.exp(zeta)) + zeta).sum()
 
     if df == "sampled":
-        return _location_scale(targets, scale, scale_prior, family, init, log_prior)
-    return _location_scale(targets, scale, scale_prior, family)
+        return _with_spread(targets, scale, scale_prior, family, init, log_prior)
+    return _with_spread(targets, scale, scale_prior, family)
 
 
 def gaussian_mixture(targets: int = 1, components: int = 3) -> Likelihood:
@@ -397,7 +406,7 @@ def negative_binomial(
     """
     at = _level(targets, level, math.inf)
 
-    def family(mean, concentration):
+    def family(params, mean, concentration):
         # Its own Gamma is checked whatever validate_args says.
         with numpyro.validation_enabled(False):
             return dist.NegativeBinomial2(_rate(mean, at), concentration, validate_args=False)
@@ -438,7 +447,7 @@ def beta(
     at = _level(targets, level, 1.0)
     offset = np.log(at) - np.log1p(-at)
 
-    def family(output, concentration):
+    def family(params, output, concentration):
         mean = jax.nn.sigmoid(jnp.clip(output + offset, -MAX_LOGIT, MAX_LOGIT))
         with numpyro.validation_enabled(False):
             return dist.BetaProportion(mean, concentration, validate_args=False)
@@ -450,41 +459,22 @@ def _with_concentration(
     targets: int,
     concentration: Scale,
     scale_prior: float,
-    family: Callable[[jax.Array, jax.Array | float], dist.Distribution],
+    family: Callable[[Any, jax.Array, jax.Array | float], dist.Distribution],
     support: Support,
 ) -> Likelihood:
-    _check_scale(concentration, scale_prior, "concentration")
-    most = MAX_LOG_CONCENTRATION
+    def of_output(raw):
+        return jnp.exp(jnp.clip(raw, -MAX_LOG_CONCENTRATION, MAX_LOG_CONCENTRATION))
 
-    if concentration == "predicted":
-
-        def predicted(params, outputs):
-            mean, raw = (part.T for part in jnp.split(outputs.T, 2))
-            return family(mean, jnp.exp(jnp.clip(raw, -most, most))).to_event(1)
-
-        return Likelihood(predicted, 2 * targets, _no_params, _no_prior, "regression", support)
-
-    if concentration == "sampled":
-
-        def sampled(params, outputs):
-            # log_scale is that of 1 / sqrt(r).
-            raw = jnp.clip(-2 * params["log_scale"], -most, most)
-            return family(outputs, jnp.exp(raw)).to_event(1)
-
-        def log_prior(params):
-            eta = params["log_scale"]
-            prior = dist.HalfNormal(scale_prior, validate_args=False)
-            return (prior.log_prob(jnp.exp(eta)) + eta).sum()
-
-        def init():
-            return {"log_scale": jnp.full((targets,), jnp.log(0.5))}
-
-        return Likelihood(sampled, targets, init, log_prior, "regression", support)
-
-    def known(params, outputs):
-        return family(outputs, concentration).to_event(1)
-
-    return Likelihood(known, targets, _no_params, _no_prior, "regression", support)
+    return _with_spread(
+        targets,
+        concentration,
+        scale_prior,
+        family,
+        of_output=of_output,
+        of_log_scale=lambda eta: of_output(-2 * eta),  # the scale is 1 / sqrt(r)
+        support=support,
+        name="concentration",
+    )
 
 
 def check_support(likelihood: Likelihood, y) -> None:

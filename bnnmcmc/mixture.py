@@ -75,23 +75,20 @@ class Mixture:
 
     @functools.cached_property
     def computable(self) -> bool:
-        """Whether there are distribution functions: not for joint likelihoods of a user's own."""
+        """Whether there are distribution functions: not for all likelihoods of a user's own."""
         likelihood = self.likelihood
         if likelihood.task != "regression":
             return False
 
         def value(params, outputs):
             marginal = marginals(likelihood.distribution(params, outputs))
-            if marginal is None:
-                raise NotImplementedError
-            return cumulative(marginal, jnp.zeros(marginal.batch_shape))
+            return marginal and cumulative(marginal, jnp.zeros(marginal.batch_shape))
 
         outputs = jax.ShapeDtypeStruct((1, likelihood.num_outputs), jnp.result_type(float))
         try:
-            jax.eval_shape(value, jax.eval_shape(likelihood.init), outputs)
-        except NotImplementedError:
+            return jax.eval_shape(value, jax.eval_shape(likelihood.init), outputs) is not None
+        except NotImplementedError:  # how numpyro says that a family has none
             return False
-        return True
 
     @functools.cached_property
     def _size(self) -> int:
