@@ -90,6 +90,7 @@ def test_set_changes_every_kind_of_key(tiny, here):
     assert "other.csv" in out
 
 
+@pytest.mark.slow
 def test_run_numbers_its_default_folder(tiny, here):
     quick = ["--set", "sampler.draws=2", "sampler.warmup=5", "ensemble.max_epochs=2", "--quiet"]
     (tiny / "runs" / "tiny").mkdir(parents=True)

@@ -312,8 +312,8 @@ def draws_with(name, warmup=200, **options):
     return np.asarray(run(jax.random.key(2), jnp.full(3, 0.5))[3][0].position)
 
 
-# Each compiles two kernels; most options of these three are those of another one too.
-SLOW = ("mams", "hmc", "sgld")
+# Each compiles two kernels; most options of these are those of another one too.
+SLOW = ("mams", "hmc", "sgld", "sghmc")
 
 
 @pytest.mark.parametrize(

@@ -227,6 +227,7 @@ def test_lengths_are_those_of_the_metric_s_coordinates():
         assert 0.8 < found[chain] / expected < 1.25
 
 
+@pytest.mark.slow
 def test_mams_is_exact_in_the_metric():
     samples = run(mams(), warmup=3000, draws=2000, thin=1)
     assert wrong(samples) == []

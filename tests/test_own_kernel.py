@@ -61,6 +61,7 @@ def ran(tmp_path_factory, cli):
     return folder
 
 
+@pytest.mark.slow
 def test_a_whole_run_from_the_command_line(ran):
     folder, out = ran / "run", (ran / "stdout.txt").read_text()
     assert "walk:random_walk, 300 warm-up steps, 40 draws per chain (one every 5 steps)" in out

@@ -224,6 +224,7 @@ def test_sampling_any_density_over_a_pytree():
     assert samples.draws["a"].mean() == pytest.approx(4.0, abs=0.25)
 
 
+@pytest.mark.slow
 def test_float64_run_by_one_switch(tiny, cli):
     import zarr
 

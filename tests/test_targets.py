@@ -276,6 +276,7 @@ def test_a_higher_target_goes_on_as_if_it_had_been_the_first(met, tiny, here):
     assert "target" not in out.replace("standardised target", "")
 
 
+@pytest.mark.slow
 def test_the_cap_ends_a_run_and_says_what_is_missing(tiny, here):
     settings = ["stop.ess=5000", "stop.every=20", "sampler.draws=50"]
     code, out, err = here("run", "tiny.toml", "--out", "run", "--set", *settings, cwd=tiny)
