@@ -17,16 +17,17 @@ import numpy as np
 from bnnmcmc.keys import stage_key
 from bnnmcmc.likelihoods import Likelihood, cumulative, marginals
 from bnnmcmc.placement import QUICK
-from bnnmcmc.predictive import Components, network_outputs
+from bnnmcmc.predictive import Components, fill_rows, network_outputs
 
 # A part of the rows has about so many bytes of network outputs, of all draws together.
 PART_BYTES = 64 * 2**20
 # Outputs of all draws for all rows are kept between calls if they are no larger.
 HELD_BYTES = 256 * 2**20
-# Most steps to a root, and to a bracket that holds it.
-MAX_STEPS, MAX_DOUBLINGS = 100, 60
-# Counts are float32 numbers here, whole up to this.
-MAX_COUNT = 2.0**24
+# Most steps to a root, and to widen a bracket that holds it but for rounding.
+MAX_STEPS, MAX_DOUBLINGS = 100, 4
+# So many draws, a power of two, are summed up in float32, in pairs; one sum of thousands would be
+# off by 1e-5 and more.
+GROUP = 128
 
 
 class Part(NamedTuple):
@@ -116,14 +117,13 @@ class Mixture:
 
     def _part(self, low: int) -> Part:
         x = self.components.x[low : low + self._size]
-        filled = np.concatenate([x, np.repeat(x[-1:], self._size - len(x), axis=0)])
-        params, outputs = network_outputs(self.components._replace(x=filled), slice(None))
+        filled = self.components._replace(x=fill_rows(x, self._size))
+        params, outputs = network_outputs(filled)
         return Part(slice(low, low + len(x)), params, jnp.asarray(outputs))
 
     def _filled(self, values: np.ndarray, part: Part) -> np.ndarray:
         """Return the values of a part's rows, as many as a part has."""
-        own = np.asarray(values[part.rows], jnp.result_type(float))
-        return np.concatenate([own, np.repeat(own[-1:], self._size - len(own), axis=0)])
+        return fill_rows(np.asarray(values[part.rows], jnp.result_type(float)), self._size)
 
     def _weights(self) -> jax.Array:
         return jnp.asarray(self.weights, jnp.result_type(float))
@@ -134,7 +134,7 @@ class Mixture:
         for part in self.parts():
             values = self._filled(y, part)
             result = _cdf(self.likelihood, part.params, part.outputs, weights, values)
-            found.append(np.asarray(result, np.float64)[: part.length])
+            found.append(_probability(result)[: part.length])
         return np.concatenate(found)
 
     def log_density(self, y: np.ndarray) -> np.ndarray:
@@ -158,7 +158,7 @@ class Mixture:
 
             def function(y, of_part=of_part):
                 y = y.astype(jnp.result_type(float))
-                return np.asarray(_cdf(*of_part, y), np.float64)
+                return _probability(_cdf(*of_part, y))
 
             mean, variance = (np.asarray(m, np.float64) for m in _moments(*of_part))
             find = QUANTILES[self.likelihood.support]
@@ -171,8 +171,8 @@ class Mixture:
         """Return samples (count, rows, targets).
 
         The draws are chosen in proportion to their weights, and evenly; a sample has the same draw
-        in all rows, so that it is a function with noise. It depends on the seed, its number and
-        the row's number.
+        in all rows, so that it is a function with noise. It depends on the seed, on its number
+        and how many there are, and on the row's number.
         """
         key = stage_key(seed, "mixture")
         chosen = _systematic(self.weights, count, seed)
@@ -205,12 +205,19 @@ def _systematic(weights: np.ndarray, count: int, seed: int) -> np.ndarray:
 
 
 def _mixed(likelihood: Likelihood, params, outputs, weights, of_draw: Callable[..., Any]):
-    """Return the weighted sum over draws of ``of_draw(distribution)``."""
+    """Return weighted sums of ``of_draw(distribution)`` over groups of draws, (groups, ...)."""
 
     def one(params, outputs):
         return of_draw(likelihood.distribution(params, outputs))
 
-    return jnp.tensordot(weights, jax.vmap(one)(params, outputs), axes=1)
+    each = jax.vmap(one)(params, outputs)
+    each = each * weights.reshape(-1, *[1] * (each.ndim - 1))
+    each = jnp.pad(each, [(0, -len(each) % GROUP), *[(0, 0)] * (each.ndim - 1)])
+    sums = each.reshape(-1, GROUP, *each.shape[1:])
+    while sums.shape[1] > 1:
+        half = sums.shape[1] // 2
+        sums = sums[:, :half] + sums[:, half:]
+    return sums[:, 0]
 
 
 @functools.partial(jax.jit, static_argnums=0, compiler_options=QUICK)
@@ -233,8 +240,13 @@ def _log_density(likelihood: Likelihood, params, outputs, weights, y):
 def _moments(likelihood: Likelihood, params, outputs, weights):
     """Return mean and variance of the mixture, to begin a search with."""
     mixed = functools.partial(_mixed, likelihood, params, outputs, weights)
-    mean = mixed(lambda found: found.mean)
-    return mean, mixed(lambda found: found.variance + (found.mean - mean) ** 2)
+    mean = mixed(lambda found: found.mean).sum(0)
+    return mean, mixed(lambda found: found.variance + (found.mean - mean) ** 2).sum(0)
+
+
+def _probability(sums: jax.Array) -> np.ndarray:
+    """Return the sum over groups; no rounding makes it less than 0 or more than 1."""
+    return np.clip(np.asarray(sums, np.float64).sum(0), 0.0, 1.0)
 
 
 def _quantile(function, level: float, mean: np.ndarray, sd: np.ndarray) -> np.ndarray:
@@ -262,9 +274,13 @@ def _unit_quantile(function, level: float, mean: np.ndarray, sd: np.ndarray) -> 
 
 def _count_quantile(function, level: float, mean: np.ndarray, sd: np.ndarray) -> np.ndarray:
     unknown = np.isnan(mean)
-    low, high = np.full_like(mean, -1.0), np.where(unknown, 0.0, np.maximum(np.ceil(mean), 1.0))
-    while (short := (function(high) < level) & (high < MAX_COUNT)).any():
-        low, high = np.where(short, high, low), np.where(short, 2 * high + 1, high)
+    # Cantelli's inequality: there is no more to look for, but for rounding.
+    most = np.where(unknown, 0.0, np.ceil(mean + sd * np.sqrt(level / (1 - level))) + 1)
+    low, high = np.full_like(mean, -1.0), np.minimum(np.maximum(np.ceil(mean), 1.0), most)
+    high = np.where(unknown, 0.0, high)
+    while (short := (function(high) < level) & (high < most)).any():
+        low = np.where(short, high, low)
+        high = np.where(short, np.minimum(2 * high + 1, most), high)
     while (high - low > 1).any():
         middle = np.floor((low + high) / 2)
         enough = function(middle) >= level

@@ -302,6 +302,8 @@ class Prediction:
         """
         if self.probabilities is not None:
             index = {label: i for i, label in enumerate(self.classes or ())}
+            if np.ndim(y) != 1:
+                raise InputError(f"y: found shape {np.shape(y)}, expected labels of shape (rows,)")
             labels = np.asarray(y).tolist()
             unknown = [label for label in labels if label not in index]
             if unknown or len(labels) != len(self.probabilities):
@@ -336,11 +338,17 @@ class Prediction:
         Raises
         ------
         InputError
-            ``n`` below 1, or a prediction without its mixture.
+            ``n`` below 1, a prediction without its mixture, or class probabilities that are NaN.
         """
         if n < 1:
             raise InputError(f"n: found {n}, expected at least 1")
         if self.probabilities is not None:
+            unknown = np.isnan(self.probabilities).any(axis=1)
+            if unknown.any():
+                raise InputError(
+                    f"sample: row {int(unknown.argmax()) + 1} has class probabilities that are not "
+                    "finite, as a chain in the pool is"
+                )
             ends = np.cumsum(self.probabilities, axis=1)
             uniform = np.random.default_rng(seed).random((n, len(ends), 1))
             chosen = (uniform * ends[:, -1:] > ends[:, :-1]).sum(axis=-1)

@@ -65,8 +65,6 @@ class Components(NamedTuple):
     draws : Draws
     x : numpy array (rows, features)
         As the network sees them.
-    seed : int
-        For samples.
     first_row : int
         The number of the first row.
     """
@@ -74,7 +72,6 @@ class Components(NamedTuple):
     posterior: Any
     draws: Draws
     x: np.ndarray
-    seed: int = 0
     first_row: int = 0
 
 
@@ -242,8 +239,9 @@ def pool(
     Pooled
         A NaN in any draw makes the result NaN: nothing is left out. There are at least
         MIN_SAMPLES predictive samples, and at most MAX_SAMPLES (or one per chain, if there are
-        more chains), as many from every chain. A sample depends on the seed, the draw and the
-        row's place in ``x``, not on blocks or chunks.
+        more chains), as many from every chain; of weighted chains those that are in proportion to
+        the weights, which are fewer. A sample depends on the seed, the draw and the row's place in
+        ``x``, not on blocks or chunks.
 
     Raises
     ------
@@ -272,7 +270,7 @@ def pool(
         )
         found = _pool_rows(draws, evaluator, every, key, shared)
         parts.append(_first_rows(found, len(rows)))
-    components = Components(posterior, draws, np.asarray(x), seed, first_row)
+    components = Components(posterior, draws, np.asarray(x), first_row)
     return replace(_join(parts), components=components)
 
 
@@ -336,11 +334,7 @@ def _evaluator(posterior, of: trees.Layout, per_draw: int, scored: bool, batch: 
 
     def evaluate(numbers, flat, key, rows, x, y):
         # Fill up to the one compiled shape with the last draw again, and cut it off after.
-        missing = batch - len(numbers)
-        padded = (
-            np.concatenate([numbers, np.repeat(numbers[-1:], missing)]).astype(np.int32),
-            np.concatenate([flat, np.repeat(flat[-1:], missing, axis=0)]),
-        )
+        padded = (fill_rows(numbers, batch).astype(np.int32), fill_rows(flat, batch))
         found = gather(compiled(spread(padded, placement), key, rows, x, y), placement)
         return {name: value[: len(numbers)] for name, value in found.items()}
 
@@ -412,14 +406,16 @@ def _pool_rows(draws: Draws, evaluator: _Evaluator, every: int, key, shared: tup
     if "probabilities" in sums:
         return Pooled(log_density, None, None, None, None, sums["probabilities"], sums["entropy"])
     epistemic = sums["squares"] / sums["n"]
-    if samples is not None and draws.weights is not None:
-        samples = samples[_slots_by_weight(draws, len(samples))]
+    if samples is not None:
+        weighted = draws.weights is not None
+        flat = samples.reshape(-1, *samples.shape[2:])
+        samples = _by_weight(samples, draws) if weighted else flat
     return Pooled(
         log_density,
         sums["centre"],
         sums["variance"] + epistemic,
         epistemic,
-        None if samples is None else samples.reshape(-1, *samples.shape[2:]),
+        samples,
         None,
     )
 
@@ -431,16 +427,22 @@ def entropy(probabilities: np.ndarray) -> np.ndarray:
     return -(probabilities * logs).sum(axis=-1)
 
 
-def _slots_by_weight(draws: Draws, slots: int) -> np.ndarray:
-    """Return which of the kept samples stay, so that chains have them in proportion to weights."""
+def _by_weight(samples: np.ndarray, draws: Draws) -> np.ndarray:
+    """Return those of the samples that stay, so that chains have them in proportion to weights.
+
+    ``samples`` (slots, per draw, rows, targets), the slots by ``draw * chains + chain``; the chain
+    of most weight keeps all of its own.
+    """
     assert draws.weights is not None
-    each = slots // draws.chains
+    per_draw = samples.shape[1]
+    each = len(samples) // draws.chains * per_draw
     kept = []
     for chain, weight in enumerate(draws.weights / np.max(draws.weights)):
         count = round(each * weight)
         # Evenly spaced over the chain.
-        kept.append((np.arange(count) * each // max(count, 1)) * draws.chains + chain)
-    return np.sort(np.concatenate(kept))
+        at = np.arange(count) * each // max(count, 1)
+        kept.append((at // per_draw * draws.chains + chain) * per_draw + at % per_draw)
+    return samples.reshape(-1, *samples.shape[2:])[np.sort(np.concatenate(kept))]
 
 
 def _add(sums: dict, name: str, value) -> None:
@@ -532,14 +534,13 @@ def per_draw(
     return result
 
 
-def network_outputs(components: Components, rows: slice) -> tuple[Any, np.ndarray]:
-    """Return what every single draw's network puts out for some rows.
+def network_outputs(components: Components) -> tuple[Any, np.ndarray]:
+    """Return what every single draw's network puts out for every row.
 
     Parameters
     ----------
     components : Components
-    rows : slice
-        Of ``components.x``. Memory grows with draws times rows.
+        Memory grows with draws times rows.
 
     Returns
     -------
@@ -551,7 +552,7 @@ def network_outputs(components: Components, rows: slice) -> tuple[Any, np.ndarra
     posterior, draws = components.posterior, components.draws
     batch = _batch_size(draws)
     evaluator = _output_evaluator(posterior, draws.layout, batch)
-    x = jnp.asarray(components.x[rows], jnp.result_type(float))
+    x = jnp.asarray(components.x, jnp.result_type(float))
     (x,) = replicate((x,), evaluator.placement)
     outputs, params = None, []
     for numbers, flat in _batches(draws):
@@ -592,8 +593,8 @@ def _of_positions(one: Callable[..., Any], of: trees.Layout, batch: int) -> _Eva
     compiled = over_chains(lambda flat, *shared: one(unravel(flat), *shared), placement)
 
     def evaluate(numbers, flat, *shared):
-        padded = np.concatenate([flat, np.repeat(flat[-1:], batch - len(numbers), axis=0)])
-        found = gather(compiled(spread(padded, placement), *shared), placement)
+        padded = spread(fill_rows(flat, batch), placement)
+        found = gather(compiled(padded, *shared), placement)
         return {name: value[: len(numbers)] for name, value in found.items()}
 
     return _Evaluator(placement, evaluate)

@@ -3,8 +3,9 @@
 What is corrected says so (`Prediction.calibration`): it is no longer the posterior's own.
 """
 
+import functools
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -61,14 +62,23 @@ class Conformal:
         if np.shape(self.y) != mean.shape:
             raise InputError(f"y: found shape {np.shape(self.y)}, expected {mean.shape}")
 
+    @functools.cached_property
+    def _margins(self) -> dict[float, np.ndarray]:
+        return {}
+
     def margin(self, level: float) -> np.ndarray:
-        """Return Q of each target, (targets,).
+        """Return Q of each target, (targets,); NaN if any score is.
 
         Raises
         ------
         InputError
             Too few held-out rows for the level.
         """
+        if level not in self._margins:
+            self._margins[level] = self._margin(level)
+        return self._margins[level]
+
+    def _margin(self, level: float) -> np.ndarray:
         n = len(self.y)
         rank = math.ceil(round((n + 1) * level, 6))  # 0.9 x 10 is 9, whatever the rounding
         if rank > n:
@@ -82,7 +92,7 @@ class Conformal:
         else:
             low, high = self.held_out.interval(level)
             scores = np.maximum(low - self.y, self.y - high)
-        return np.sort(scores, axis=0)[rank - 1]
+        return np.where(np.isnan(scores).any(axis=0), np.nan, np.sort(scores, axis=0)[rank - 1])
 
     def interval(self, prediction: Prediction, level: float) -> tuple[np.ndarray, np.ndarray]:
         """Return the corrected interval (rows, targets) of a prediction of the posterior's own."""
@@ -135,11 +145,13 @@ class Temperature:
 
     held_out: Prediction
     y: np.ndarray
-    value: float = math.nan  # found on construction
+    value: float = field(init=False, default=math.nan)
 
     def __post_init__(self):
         if self.held_out.probabilities is None:
             raise InputError("temperature: needs a classification; use split or cqr for numbers")
+        if np.isnan(self.held_out.probabilities).any():
+            raise InputError("temperature: probabilities of the held-out rows are not finite")
 
         def loss(log_temperature: float) -> float:
             tempered = _tempered(self.held_out, math.exp(log_temperature))

@@ -280,9 +280,15 @@ class Run:
         Raises
         ------
         InputError
-            No held-out rows, rows the posterior conditions on, or a method that does not go with
-            the target.
+            No held-out rows, rows the posterior conditions on or the weights of chains are fitted
+            on, or a method that does not go with the target.
         """
+        if rows is None and self.pooling != "equal" and self.held_out is None:
+            raise InputError(
+                f"{method}: the weights of chains ({self.pooling}) are fitted on the validation "
+                "rows, which are then not held out any more; give other rows, or take "
+                'run.weighted("equal")'
+            )
         given = self._held_out_rows(method) if rows is None else self._encode(rows, y)
         x, target = given
         if target is None:

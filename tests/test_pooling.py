@@ -1,6 +1,7 @@
 """Weights of chains: stacking and pseudo-BMA, on validation rows alone."""
 
 import json
+from dataclasses import replace
 
 import jax
 import numpy as np
@@ -105,18 +106,34 @@ def test_a_run_stacks_on_its_validation_rows_alone(tiny, here):
     )
     np.testing.assert_allclose(run.weights, chain_weights("stacking", each), atol=1e-3)
     # Other test rows change nothing; the weights do change predictions.
+    x, y = run.dataset.x.copy(), run.dataset.y.copy()
+    x[run.dataset.test], y[run.dataset.test] = 100.0, -100.0
+    noise = replace(run, dataset=replace(run.dataset, x=x, y=y)).weighted("stacking")
+    np.testing.assert_array_equal(noise.weights, run.weights)
     equal = run.weighted("equal")
-    rows = run.dataset.x[run.dataset.test]
     assert equal.pooled_draws.weights is None
     table = bnnmcmc.read_table(tiny / "table.csv").frame.head(6)
     p, q = run.predict(table), equal.predict(table)
     assert not np.allclose(p.mean, q.mean)
-    assert len(rows)
+    # The validation rows are spent: nothing is calibrated on them as well.
+    with pytest.raises(InputError, match=r"cqr: the weights of chains \(stacking\) are fitted"):
+        run.calibrated("cqr")
+    assert equal.calibrated("cqr").correction is not None
     # A thinned pool: as many draws of each chain, evenly.
-    from dataclasses import replace
-
     few = replace(equal, pool_size=12).pooled_draws
     assert (few.chains, few.draws) == (3, 4)
+
+
+def test_few_draws_have_samples_in_proportion_to_the_weights():
+    weights = np.array([0.5, 0.24, 0.12, 0.08, 0.06])
+    draws = predictive.Draws(None, 5, 4, list)._replace(weights=weights)
+    slots, per_draw = 20, 50
+    # Each sample is the number of its chain.
+    samples = np.broadcast_to(np.arange(slots)[:, None] % 5, (slots, per_draw))[..., None, None]
+    kept = predictive._by_weight(samples, draws)
+    assert kept.shape[1:] == (1, 1)
+    np.testing.assert_allclose(np.bincount(kept.ravel()) / len(kept), weights, atol=0.003)
+    assert np.bincount(kept.ravel())[0] == 4 * per_draw
 
 
 def made_up(rows):
