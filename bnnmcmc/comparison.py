@@ -19,6 +19,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from bnnmcmc.errors import InputError
+from bnnmcmc.metrics import brier_terms, interval_terms, mean_score
 from bnnmcmc.store import read_arrays, read_manifest
 
 # A difference within so many standard errors is told as a tie.
@@ -239,15 +240,13 @@ def _terms(found: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         with np.errstate(divide="ignore"):
             terms.setdefault("lppd", np.log(p[true]))
         terms["accuracy"] = np.where(unknown, np.nan, p.argmax(axis=1) == y)
-        terms["brier"] = np.square(p - true).sum(axis=1)
+        terms["brier"] = brier_terms(y, p)
         return terms
     y = np.asarray(y, np.float64)
     terms["rmse"] = np.square(y - found["mean"]).mean(axis=1)
     low, high = (_quantile(found, (1 + sign * INTERVAL) / 2) for sign in (-1, 1))
     if low is not None and high is not None:
-        outside = np.maximum(low - y, 0) + np.maximum(y - high, 0)
-        # Gneiting and Raftery (2007), JASA 102, Eq. 43.
-        terms["interval_score"] = (high - low + 2 / (1 - INTERVAL) * outside).mean(axis=1)
+        terms["interval_score"] = interval_terms(y, low, high, INTERVAL)
     return terms
 
 
@@ -371,8 +370,7 @@ def score(name: str, terms: np.ndarray) -> tuple[float, float]:
     tuple of float
         Of the RMSE, the error is that of the mean square over twice the RMSE (delta method).
     """
-    with np.errstate(invalid="ignore", over="ignore"):
-        mean, error = float(terms.mean()), _mean_error(terms)
+    mean, error = mean_score(terms)
     if name != "rmse":
         return mean, error
     root = math.sqrt(mean)
@@ -385,14 +383,9 @@ def paired_error(name: str, terms: np.ndarray, others: np.ndarray) -> float:
         roots = [math.sqrt(float(values.mean())) for values in (terms, others)]
         if not all(roots):
             return 0.0
-        return _mean_error(terms / (2 * roots[0]) - others / (2 * roots[1]))
-    return _mean_error(terms - others)
-
-
-def _mean_error(terms: np.ndarray) -> float:
-    n = len(terms)
-    with np.errstate(invalid="ignore", over="ignore"):
-        return float(terms.std(ddof=1)) / math.sqrt(n) if n > 1 else math.nan
+        return mean_score(terms / (2 * roots[0]) - others / (2 * roots[1])).error
+    with np.errstate(invalid="ignore"):
+        return mean_score(terms - others).error
 
 
 def _differing(candidates: list[Candidate]) -> dict[str, list[Any]]:

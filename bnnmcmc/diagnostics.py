@@ -326,6 +326,10 @@ def ess(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     ----------
     Vehtari et al. (2021), 1903.08008.
     """
+    return _bulk_ess(values), _tail_ess(values)
+
+
+def _tail_ess(values: np.ndarray) -> np.ndarray:
     sequences = np.moveaxis(np.asarray(values), 1, 2)[:, :, None]
     tail = _over_sequences(tail_ess, sequences, MIN_ESS_DRAWS, TAILS)
     # If even the lower quantile is the maximum, the indicator is constant, and the ESS counts
@@ -333,7 +337,7 @@ def ess(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     with np.errstate(invalid="ignore"):
         low = np.quantile(sequences, TAILS[0], axis=(-2, -1))
     some_above = low < sequences.max(axis=(-2, -1))
-    return _bulk_ess(values), np.where(some_above, tail, np.nan)
+    return np.where(some_above, tail, np.nan)
 
 
 def nested_rhat(values: np.ndarray, superchains: np.ndarray) -> np.ndarray:
@@ -528,7 +532,7 @@ def chain_table(
         ess_median = _over_moving(np.median, sizes, constant)
         ess_least = _over_moving(np.min, sizes, constant)
         few = slice(None, None, 4)
-        ess_tail = _over_moving(np.median, ess(chosen[..., few])[1], constant[:, few])
+        ess_tail = _over_moving(np.median, _tail_ess(chosen[..., few]), constant[:, few])
         rhat_median = _over_moving(np.median, rhats, constant)
         rhat_worst = _over_moving(np.max, rhats, constant)
 
@@ -709,8 +713,7 @@ def _say_within(summary, rhats: np.ndarray, of_predictions: bool) -> str:
     if drifting:
         parts.append(
             f"{len(drifting)} of {len(rhats)} chains still drift ({_name_chains(drifting)}): "
-            f"chain-wise R-hat of {what} above {RHAT_LIMIT}, at worst {np.nanmax(rhats):.2f}; "
-            "a longer warm-up or more draws would help"
+            f"chain-wise R-hat of {what} above {RHAT_LIMIT}, at worst {np.nanmax(rhats):.2f}"
         )
     elif len(undefined) < len(rhats):
         parts.append(

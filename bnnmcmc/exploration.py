@@ -29,8 +29,9 @@ MAX_CHAINS = 1000
 NOISE_SHARE = 0.01
 # In R-hat and ESS within a mode, and in the alignment of weights: at the most so many.
 MAX_PREDICTIONS, MAX_WEIGHTS = 20, 200
-# An assignment takes about width^3 steps; beyond so many in all the weights are not aligned.
-MAX_ASSIGNMENT = 2e8
+# An assignment takes about width^3 steps; beyond so many in all, each counted once (starts, sweeps
+# and rounds make it up to 50 times as many), the weights are not aligned.
+MAX_ASSIGNMENT = 2e7
 
 
 class WeightAgreement(NamedTuple):
@@ -60,7 +61,8 @@ class Exploration(NamedTuple):
     Parameters
     ----------
     chains : numpy int array
-        The chains that were looked at: all that go on, or evenly spaced ones.
+        The chains that were looked at: all that go on, or evenly spaced ones; with ``modes``, those
+        without copies and those that are not finite.
     frozen : list of int
         Chains in which no prediction ever changes.
     copies : list of lists of int
@@ -132,8 +134,9 @@ def explore(
     finite = np.isfinite(values).all(axis=(1, 2))
     still = (values == values[:, :1]).all(axis=(1, 2)) & (draws >= MIN_ESS_DRAWS) & finite
     running = None
-    if log_density is not None and len(chains):
-        running = running_lppd(log_density[chains], seed)
+    if log_density is not None and finite.any():
+        # As the pool, which leaves out the others.
+        running = running_lppd(log_density[chains[finite]], seed)
     nested = None
     if superchains is not None and draws >= MIN_ESS_DRAWS and finite.all():
         nested = _nested(values, superchains[chains])

@@ -29,7 +29,7 @@ class Live:
     """
 
     def __init__(self, folder: Path):
-        self.path = folder / FILE
+        self.path, self.begun = folder / FILE, time.time()
         self.stages: dict[str, dict[str, Any]] = read_progress(folder)
 
     def add(
@@ -53,7 +53,13 @@ class Live:
         )
         if len(points) > MAX_POINTS:
             points = [*points[-3::-2][::-1], points[-1]]
-        self.stages[stage] = {"done": done, "total": total, "unit": unit, "points": points}
+        self.stages[stage] = {
+            "done": done,
+            "total": total,
+            "unit": unit,
+            "since": self.begun,
+            "points": points,
+        }
         write_json(self.path, self.stages)
 
 

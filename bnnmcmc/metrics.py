@@ -333,8 +333,13 @@ def interval_score(y, low, high, level: float) -> Score:
     y, low, high = _interval(y, low, high)
     if not 0 < level < 1:
         raise InputError(f"level: found {level}, expected between 0 and 1 (0.9 for 90 %)")
+    return mean_score(interval_terms(y, low, high, level))
+
+
+def interval_terms(y: np.ndarray, low: np.ndarray, high: np.ndarray, level: float) -> np.ndarray:
+    """Return each row's part of the `interval_score`, (rows,), of arrays (rows, targets)."""
     outside = np.maximum(low - y, 0) + np.maximum(y - high, 0)
-    return mean_score((high - low + 2 / (1 - level) * outside).mean(axis=1))
+    return (high - low + 2 / (1 - level) * outside).mean(axis=1)
 
 
 def interval_coverage(y, low, high) -> Score:
@@ -556,10 +561,11 @@ def brier(y, probabilities) -> float:
     Brier (1950), Monthly Weather Review 78, Eq. 2.
     """
     y, probabilities = _classes(y, probabilities)
-    return float(_brier_terms(y, probabilities).mean())
+    return float(brier_terms(y, probabilities).mean())
 
 
-def _brier_terms(y: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
+def brier_terms(y: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
+    """Return each row's part of the `brier` score, (rows,)."""
     true = np.arange(probabilities.shape[1]) == y[:, None]
     return np.square(probabilities - true).sum(axis=1)
 
@@ -818,7 +824,7 @@ def classification_errors(y, probabilities, log_density) -> dict[str, float]:
     return {
         "lppd": mean_score(_of_shape("log_density", log_density, y.shape)).error,
         "accuracy": mean_score(right).error,
-        "brier": mean_score(_brier_terms(y, probabilities)).error,
+        "brier": mean_score(brier_terms(y, probabilities)).error,
         "ece": float(calibration[1]),
     }
 

@@ -335,8 +335,6 @@ def unseen(counts: Sequence[int] | np.ndarray) -> Unseen:
     Good (1953), Biometrika 40; Esty (1983), Annals of Statistics 11; Chao (1987), Biometrics 43;
     Chiu, Wang, Walther and Chao (2014), Biometrics 70 (the bias-corrected form, its variance).
     """
-    from scipy.stats import beta
-
     seen = np.asarray(counts, int)
     seen = seen[seen > 0]
     if len(seen) == 0:
@@ -344,10 +342,7 @@ def unseen(counts: Sequence[int] | np.ndarray) -> Unseen:
     n, modes = int(seen.sum()), len(seen)
     once, twice = int((seen == 1).sum()), int((seen == 2).sum())
     share = once / n
-    spread = 1.96 * math.sqrt(once * (1 - share) + 2 * twice) / n
-    high = float(beta.ppf(0.975, once + 1, n - once)) if once < n else 1.0
-    low = float(beta.ppf(0.025, once, n - once + 1)) if once else 0.0
-    low, high = max(0.0, min(low, share - spread)), min(1.0, max(high, share + spread))
+    low, high = _share_interval(n, once, twice)
     factor = (n - 1) / n
     extra = factor * once * (once - 1) / (2 * (twice + 1))
     variance = (
@@ -368,6 +363,17 @@ def unseen(counts: Sequence[int] | np.ndarray) -> Unseen:
         n, modes, once, twice, share, low, high, total, total_low, total_high,
         max(n, math.ceil(once / UNSEEN_GOAL - 1e-9)),
     )  # fmt: skip
+
+
+def _share_interval(n: int, once: int, twice: int) -> tuple[float, float]:
+    """Return the 95 % interval of the unseen share among n chains (see `unseen`)."""
+    from scipy.stats import beta
+
+    share = once / n
+    spread = 1.96 * math.sqrt(once * (1 - share) + 2 * twice) / n
+    high = float(beta.ppf(0.975, once + 1, n - once)) if once < n else 1.0
+    low = float(beta.ppf(0.025, once, n - once + 1)) if once else 0.0
+    return max(0.0, min(low, share - spread)), min(1.0, max(high, share + spread))
 
 
 def say_unseen(found: Unseen) -> str:
@@ -391,8 +397,10 @@ def say_unseen(found: Unseen) -> str:
     if found.share > UNSEEN_GOAL:
         return f"{text}, run {_round_up(found.more_chains)} or more."
     if found.high > 2 * UNSEEN_GOAL:
-        # A share of 10 % escapes so many chains with a probability of 5 %.
-        needed = math.ceil(math.log(0.05) / math.log(1 - 2 * UNSEEN_GOAL))
+        # So many for an interval that ends below 10 %, if no mode more is seen once or twice.
+        needed = found.chains + 1
+        while _share_interval(needed, found.once, found.twice)[1] > 2 * UNSEEN_GOAL:
+            needed += 1
         return f"{text}; to rule out one of {200 * UNSEEN_GOAL:.0f} %, run {needed} or more."
     return f"{text}; more chains would show little that is new."
 

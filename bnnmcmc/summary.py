@@ -261,7 +261,7 @@ def _print_scores(console: Console, folder: Path) -> None:
 
 
 def _print_pool(console: Console, folder: Path) -> None:
-    """Say how chains are weighted, unless all count the same and all draws enter the pool."""
+    """Say how chains are weighted, unless all count the same."""
     path = folder / "metrics.json"
     pool = json.loads(path.read_text()).get("pool") if path.is_file() else None
     if pool and pool["weights"] != "equal":

@@ -101,8 +101,11 @@ def _advice(summary, table, found) -> str:
     draws, worth = summary["draws"], summary["ess_function_total_median"]
     frozen, drifting = found["frozen"], summary["chains_drifting"]
     going = _going(summary)
-    if len(frozen) > going / 2:
-        return "What helps: a smaller step size, or another kernel; most chains never move."
+    if frozen:
+        return (
+            f"What helps: a smaller step size, or another kernel; {len(frozen)} of {going} chains "
+            "never move."
+        )
     if len(drifting) > 0.1 * going:
         trends = [table[c]["log_density_drift"] for c in drifting]
         rising = sorted(t for t in trends if t is not None and not math.isnan(t))
@@ -139,9 +142,11 @@ def _advice(summary, table, found) -> str:
         return text + "."
     if gains[0] > SMALL_GAIN:
         return f"What helps: more draws; their last doubling gained {gains[0]:.3f} nats per row."
+    if _agree(summary, found) and drifting:
+        return "What helps: more draws, for the chains that drift; the pool would change little."
     if _agree(summary, found):
         return "Nothing more is needed: neither more draws nor more chains would change much."
-    if math.isnan(gains[0]) and math.isnan(gains[1]):
+    if running is None:
         return "What helps: more chains, and held-out rows to see when there are enough."
     if found["modes"] is not None and found["modes"]["unseen"]["share"] > UNSEEN_GOAL:
         return (

@@ -48,7 +48,7 @@ MAY_IMPORT = {
     "verdict": {"modes"},
     "diagnostics": {"convergence", "store", "metrics", "symmetry", "health", "trees"},
     "targets": {"diagnostics"},
-    "comparison": {"store"},
+    "comparison": {"metrics", "store"},
     "live": {"store"},
     "notebook": set(),
     "report": {

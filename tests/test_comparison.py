@@ -105,6 +105,14 @@ def test_a_tie_is_told_as_a_tie_and_a_difference_as_one(tmp_path):
     assert "by more than two standard errors of every other" in only
 
 
+def test_a_name_does_not_make_a_tie(tmp_path):
+    runs = [make_run(tmp_path / "properties", seed=1), make_run(tmp_path / "b", 5.0, seed=2)]
+    _, *said = make_page(compare(runs)).verdict
+    assert {sentence.level for sentence in said} == {"info"}
+    runs = [runs[0], make_run(tmp_path / "c", seed=3)]
+    assert "note" in {sentence.level for sentence in make_page(compare(runs)).verdict}
+
+
 def test_other_test_rows_are_compared_unpaired_and_said_so(tmp_path):
     a = make_run(tmp_path / "a", seed=1)
     b = make_run(tmp_path / "b", rows=np.arange(300, 400), offset=1.0, seed=2)

@@ -150,7 +150,10 @@ def test_sentences():
     assert say([10]).startswith(
         "1 functional mode seen in 10 chains: the unseen share is about 0 %"
     )
-    assert "run 29 or more" in say([10])
+    assert "run 36 or more" in say([10])
+    assert "run 36 or more" in say([30])
+    assert modes.unseen([36]).high < 0.1 < modes.unseen([35]).high
+    assert "rule out one of 10 %, run 70 or more" in say([20, 18, 1, 1])
     assert "little that is new" in say([60, 30, 10])
     assert "cannot be said" in say([1])
 

@@ -1,5 +1,6 @@
 """What the sections of the report say: each sentence in a case of yes and one of no."""
 
+import json
 import math
 
 import numpy as np
@@ -9,7 +10,7 @@ from test_report import change, make_run
 
 from bnnmcmc.live import MAX_POINTS, Live, read_progress
 from bnnmcmc.report.folder import read_run
-from bnnmcmc.report.page import verdict
+from bnnmcmc.report.page import tiles, verdict
 from bnnmcmc.report.sections import (
     calibration,
     chains,
@@ -153,6 +154,23 @@ def test_the_verdict_says_which_difference_may_be_chance(tmp_path):
     assert said.level == "note"
 
 
+def test_what_chains_count_for_is_said(tmp_path):
+    folder = make_run(tmp_path / "run", status={2: ("stopped", "it failed")})
+    path = folder / "metrics.json"
+    said = " ".join(s.text for s in verdict(read_run(folder)))
+    assert "weights" not in said
+    found = json.loads(path.read_text())
+    found["pool"] = {"weights": "stacking", "of_chains": [1, 0, 0, 0], "effective_chains": 1.0}
+    path.write_text(json.dumps(found))
+    run = read_run(folder)
+    assert "By stacking weights they are worth 1.0." in " ".join(s.text for s in verdict(run))
+    # Draws after a chain was stopped are none.
+    assert run.going == 3
+    assert next(t for t in tiles(run) if t["label"] == "Posterior draws")["value"] == "180"
+    path.write_text("[1]")
+    assert any("metrics.json" in text for text in read_run(folder).missing)
+
+
 def test_how_much_test_rows_tell():
     assert setup.known(0).text.startswith("No test rows")
     assert setup.known(20).text.startswith("Few test rows")
@@ -211,6 +229,13 @@ def test_time_left_is_that_of_the_present_speed():
     assert progress.how_far("sampling", {**found, "done": 90}).text.endswith("complete.")
 
 
+def test_a_pause_between_sittings_does_not_count_as_work():
+    points = [{"done": d, "time": 60.0 * d} for d in range(40)]
+    points += [{"done": d, "time": 60.0 * d + 43_200} for d in range(41, 51)]
+    found = {"done": 50, "total": 100, "unit": "draws", "points": points}
+    assert "50 min" in progress.how_far("sampling", {**found, "since": 43_200.0}).text
+
+
 def test_progress_stays_small_and_goes_on_after_an_interruption(tmp_path):
     live = Live(tmp_path)
     for done in range(1, 3 * MAX_POINTS):
@@ -222,5 +247,6 @@ def test_progress_stays_small_and_goes_on_after_an_interruption(tmp_path):
     again = Live(tmp_path)
     again.add("warmup", 5, 1000, "steps", {})
     assert max(p["done"] for p in again.stages["warmup"]["points"]) == 5
+    assert again.stages["warmup"]["since"] >= again.begun > live.begun
     (tmp_path / "progress.json").write_text("{")
     assert read_progress(tmp_path) == {}

@@ -77,10 +77,10 @@ def test_a_study_goes_on_with_the_missing_parts(tmp_path, monkeypatch):
     assert row["LPPD, chains"] == pytest.approx(np.log(np.exp(whole).mean(axis=0)).mean())
     assert row["gradients per chain"] == 107
     assert row["paper, chains"] == -1.20
-    assert "| f1 | diabetes | 64 | 10 |" in table.as_markdown([row])
+    assert "| f1 | diabetes | 64 | 0 | 10 |" in table.as_markdown([row])
     json.dumps(row)
     # Parts of another size, with chains that are there already, change nothing.
-    np.savez(tmp_path / "f1-diabetes-64" / "chains-00002-6.npz", **fake_part(2, 6))
+    np.savez(tmp_path / "f1-diabetes-64-0" / "chains-00002-6.npz", **fake_part(2, 6))
     assert table.rows(tmp_path)[0]["LPPD, chains"] == pytest.approx(row["LPPD, chains"])
 
 

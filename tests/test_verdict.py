@@ -71,9 +71,21 @@ def test_a_frozen_chain():
     functions[3] = functions[3, :1]
     sentences, said, _ = judge(functions)
     assert sentences[0].startswith("Verdict: not converged: 1 of 10 chains have not settled.")
+    assert "a smaller step size, or another kernel; 1 of 10 chains never move." in sentences[0]
     assert said["frozen"] == [3]
     assert any(s.startswith("Chain 3 stands still: no prediction ever changes") for s in sentences)
     assert said["modes"]["counts"] == [9, 1]
+
+
+def test_what_is_not_settled_is_never_told_to_need_nothing():
+    functions = settled([0] * 20)
+    functions[3] = 0.3  # in the midst of the others
+    assert "Nothing more" not in judge(functions)[0][0]
+    functions = settled([0] * 20)
+    functions[3] += np.linspace(-2, 2, DRAWS)[:, None]
+    sentences, _, _ = judge(functions)
+    assert sentences[0].startswith("Verdict: nearly converged: 19 of 20 chains have settled")
+    assert "more draws, for the chains that drift" in sentences[0]
 
 
 @pytest.mark.parametrize("rising", [True, False])
@@ -149,6 +161,8 @@ def test_chains_that_are_not_finite():
     sentences, said, _ = judge(functions)
     assert said["modes"]["counts"] == [9]
     assert 3 not in said["modes"]["chains"]
+    # The pool leaves it out, and so does what the pool gains.
+    assert np.isfinite(said["running_lppd"]["gain_draws"])
     assert sentences[0].startswith("Verdict: 9 of 10 chains have settled; of 1 nothing can be said")
     sentences, said, _ = judge(np.full_like(functions, np.nan))
     assert sentences[0].startswith("Verdict: there is nothing to judge, no chain has finite draws")

@@ -67,6 +67,9 @@ def make_page(comparison: Comparison, title: str = "Comparison of runs") -> Page
     title : str
     """
     first, *said = say(comparison)
+    # A sentence for each score, and maybe one on what there is none of.
+    tied = [any(r.mark == "tie" for r in results) for results in comparison.results.values()]
+    levels = [*("note" if tie else "info" for tie in tied), "info"]
     data = comparison.candidates[0].manifest.get("data") or {}
     sections = [
         scores(comparison),
@@ -80,7 +83,7 @@ def make_page(comparison: Comparison, title: str = "Comparison of runs") -> Page
         sections=[section for section in sections if section],
         verdict=[
             Sentence("info" if comparison.paired else "note", first),
-            *(Sentence("note" if "tie" in text else "info", text) for text in said),
+            *(Sentence(level, text) for level, text in zip(levels, said, strict=False)),
             *left_out,
         ],
         footer="Written by bnnmcmc compare.",

@@ -75,6 +75,13 @@ class RunFolder:
         return int((self.metrics or {}).get("rows") or data.get("test") or 0)
 
     @property
+    def going(self) -> int:
+        """How many chains were not stopped."""
+        status = self.manifest.get("status") or self.chains or []
+        stopped = sum(c["status"] == "stopped" for c in status)
+        return (len(status) or int(self.manifest.get("chains") or 0)) - stopped
+
+    @property
     def failed(self) -> list[int]:
         """Chains whose status is not ok."""
         status = self.manifest.get("status") or self.chains or []
@@ -125,12 +132,19 @@ def read_run(folder: Path) -> RunFolder:
         log_density=read("stats", "statistics of the draws", lambda path: _trace(path, draws)),
         predictions=read("predictions.npz", "test predictions", read_arrays),
         inputs=read("inputs.npz", "scales of the inputs", read_arrays),
-        metrics=read("metrics.json", "scores", lambda path: json.loads(path.read_text())),
+        metrics=read("metrics.json", "scores", _read_object),
         chains=read("diagnostics.csv", "diagnostics per chain", _read_chains),
-        diagnostics=read("diagnostics.json", "diagnostics", lambda p: json.loads(p.read_text())),
+        diagnostics=read("diagnostics.json", "diagnostics", _read_object),
         progress=read_progress(folder),
         missing=missing,
     )
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    found = json.loads(path.read_text())
+    if not isinstance(found, dict):
+        raise ValueError(f"found a {type(found).__name__}, expected an object")
+    return found
 
 
 def _trace(path: Path, draws: int) -> np.ndarray | None:

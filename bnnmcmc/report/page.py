@@ -216,7 +216,7 @@ def tiles(run: RunFolder) -> list[dict[str, str]]:
         detail = f"{run.draws:,} from each of {plural(chains, 'chain')}"
         if run.draws < planned:
             detail = f"{run.draws:,} of {planned:,} from each of {plural(chains, 'chain')}"
-        add("Posterior draws", f"{chains * run.draws:,}", detail)
+        add("Posterior draws", f"{run.going * run.draws:,}", detail)
     worth = (run.diagnostics or {}).get("ess_function_total_median")
     if worth is not None:
         across = (run.diagnostics or {}).get("rhat_function_across_median")
@@ -402,6 +402,12 @@ def _chains_said(run: RunFolder) -> list[Sentence]:
     if pooled is not None:
         share = f"all {total:,}" if len(pooled) == total else f"{len(pooled):,} of {total:,}"
         used = f" The scores pool {share} chains."
+        weights = (run.metrics or {}).get("pool") or {}
+        if weights.get("weights", "equal") != "equal":
+            used += (
+                f" By {weights['weights'].replace('_', '-')} weights they are worth "
+                f"{weights['effective_chains']:.1f}."
+            )
     if not bad:
         return [Sentence("good", f"All {plural(total, 'chain')} are ok.{used}")]
     counts: dict[str, int] = {}

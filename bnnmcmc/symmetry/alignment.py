@@ -142,12 +142,12 @@ def _similarity(params: dict, reference: dict, block: list[int], sides: str) -> 
     for i in block:
         if sides != "outgoing" or i > block[0]:
             ours, theirs = params[f"layer{i}"], reference[f"layer{i}"]
-            result = result + np.einsum("ij,nik->njk", theirs["weight"], ours["weight"])
+            result = result + theirs["weight"].T @ ours["weight"]
         bias = params[f"layer{i}"]["bias"], reference[f"layer{i}"]["bias"]
         result = result + bias[1][None, :, None] * bias[0][:, None, :]
         if i + 1 not in block and sides != "incoming":
             ours, theirs = params[f"layer{i + 1}"], reference[f"layer{i + 1}"]
-            result = result + np.einsum("ji,nki->njk", theirs["weight"], ours["weight"])
+            result = result + theirs["weight"] @ np.swapaxes(ours["weight"], -1, -2)
     return result
 
 

@@ -141,7 +141,7 @@ def run_study(
 ) -> None:
     """Make the parts that are missing: the chains of one draw, then the long chain."""
     problem = read_problem(network, table, data)
-    folder = folder / f"{network}-{table}-{warmup}"
+    folder = folder / f"{network}-{table}-{warmup}-{seed}"
     folder.mkdir(parents=True, exist_ok=True)
     size = part or PART[network]
     plan = [(first, min(size, chains - first), 1) for first in range(0, chains, size)]

@@ -51,10 +51,10 @@ def read_parts(folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any] | Non
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:
-    """Return a row for each network, table and length of warm-up that has parts."""
+    """Return a row for each network, table, length of warm-up and seed that has parts."""
     found = []
     for path in sorted(p for p in folder.iterdir() if p.is_dir()):
-        network, table, warmup = path.name.rsplit("-", 2)
+        network, table, warmup, seed = path.name.rsplit("-", 3)
         parts, long = read_parts(path)
         if not parts:
             continue
@@ -67,6 +67,7 @@ def rows(folder: Path) -> list[dict[str, Any]]:
             "network": network,
             "table": table,
             "warm-up": int(warmup),
+            "seed": int(seed),
             "chains": len(values),
             "LPPD, chains": pooled(values),
             "se, chains": of_draws,

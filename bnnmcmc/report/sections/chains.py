@@ -135,7 +135,7 @@ def _takeaways(run: RunFolder) -> list[Sentence]:
         )
     total = (run.diagnostics or {}).get("ess_function_total_median")
     if total is not None and math.isfinite(total) and run.draws and chains:
-        drawn = run.draws * len(chains)
+        drawn = run.draws * run.going
         said.append(
             Sentence(
                 "good" if total >= ENOUGH_ESS else "note",

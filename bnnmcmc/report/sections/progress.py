@@ -46,12 +46,14 @@ def how_far(stage: str, found: dict[str, Any]) -> Sentence:
     ----------
     stage : str
     found : dict
-        "done", "total", "unit" and "points" (see `bnnmcmc.live`).
+        "done", "total", "unit", "since" and "points" (see `bnnmcmc.live`).
     """
     done, total, unit = found["done"], found["total"], found["unit"]
     name = STAGE_NAMES.get(stage, stage)
     text = f"{name[0].upper()}{name[1:]}: {done:,} of {total:,} {unit} ({percent(done / total)})"
-    first, last = found["points"][0], found["points"][-1]
+    # Not the pause before this sitting.
+    points = [p for p in found["points"] if p["time"] >= found.get("since", 0)]
+    first, last = (points or found["points"])[0], found["points"][-1]
     span, made = last["time"] - first["time"], last["done"] - first["done"]
     if done >= total:
         return Sentence("good", f"{text}: complete.")

@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from bnnmcmc.comparison import TIE
+from bnnmcmc.metrics import mean_score
 from bnnmcmc.report.folder import RunFolder
 from bnnmcmc.report.parts import Cell, Column, Explanation, Section, Sentence, Table
 from bnnmcmc.report.text import number, percent, plural, same_decimals, with_error
@@ -22,8 +24,6 @@ METRICS: dict[str, tuple[str, str]] = {
     "ece": ("Calibration error (ECE)", "low"),
 }
 DIRECTIONS = {"high": "↑ higher is better", "low": "↓ lower is better"}
-# A difference within so many standard errors may be chance.
-SURE = 2.0
 EXPLAINED = {
     "lppd": Explanation(
         "LPPD",
@@ -107,7 +107,7 @@ def paired_leads(run: RunFolder) -> list[Sentence]:
     for name in ("ensemble", "best_member"):
         try:
             gap = found["log_density_posterior"] - found[f"log_density_{name}"]
-        except KeyError:
+        except (KeyError, ValueError):  # the section on predictions says what is wrong
             continue
         said.append(lead(gap, MODELS[name].lower()))
     return said
@@ -122,17 +122,15 @@ def lead(gap: np.ndarray, other: str) -> Sentence:
         Log predictive density of each row, the posterior's less the other's.
     other : str
     """
-    n = len(gap)
-    mean = float(gap.mean())
-    error = float(gap.std(ddof=1)) / math.sqrt(n) if n > 1 else math.nan
+    mean, error = mean_score(gap)
     if not math.isfinite(mean):
         return Sentence("bad", f"Against the {other}, the LPPD cannot be compared: not finite.")
-    gained = f"{with_error(mean, error)} nats per row (paired over {plural(n, 'row')})"
+    gained = f"{with_error(mean, error)} nats per row (paired over {plural(len(gap), 'row')})"
     if not math.isfinite(error):
         return Sentence("info", f"Against the {other}: {gained}; one row shows nothing.")
-    if mean > SURE * error:
+    if mean > TIE * error:
         return Sentence("good", f"Better than the {other}, by {gained}: more than chance.")
-    if mean < -SURE * error:
+    if mean < -TIE * error:
         return Sentence("bad", f"Worse than the {other}, by {gained}: more than chance.")
     return Sentence("note", f"Not told apart from the {other}: {gained}.")
 
