@@ -336,9 +336,14 @@ def sampled_size(config: Config, of: trees.Layout) -> int:
     return trees.chosen_size(trees.chosen_leaves(config.sampler.leaves, of), of)
 
 
+def sampled_rows(config: Config, dataset: Dataset) -> np.ndarray:
+    """Return the numbers of the rows that the posterior conditions on; train comes first."""
+    if config.sampler.rows == "train+validation":
+        return np.concatenate([dataset.train, dataset.validation])
+    return dataset.train
+
+
 def sampling_rows(config: Config, dataset: Dataset) -> tuple[Any, Any]:
     """Return x and y of the rows that the posterior conditions on."""
-    rows = dataset.train
-    if config.sampler.rows == "train+validation":
-        rows = np.concatenate([dataset.train, dataset.validation])  # train comes first
+    rows = sampled_rows(config, dataset)
     return dataset.x[rows], dataset.y[rows]

@@ -383,7 +383,8 @@ class MCLMCConfig(SamplerSection):
     damping: Damping = DAMPING
     settle: bool = Field(
         default=False,
-        description="end a chain's warm-up early, once its log-density and step size have settled",
+        description="end a chain's warm-up early, once its log-density and step size have settled; "
+        "saves time where chains run one after the other, not side by side",
     )
 
     @field_validator("settle")

@@ -506,8 +506,11 @@ def count_rows(path: str | Path) -> int:
             return parquet.ParquetFile(path).metadata.num_rows
         except (pa.ArrowException, OSError, ValueError):
             return 0
-    with path.open("rb") as file:
-        return sum(part.count(b"\n") for part in iter(lambda: file.read(2**20), b""))
+    try:
+        with path.open("rb") as file:
+            return sum(part.count(b"\n") for part in iter(lambda: file.read(2**20), b""))
+    except OSError:
+        return 0
 
 
 def _cut_pieces(table: Table, rows: int) -> Iterator[Table]:
@@ -1808,10 +1811,7 @@ def _new_values(table: Table, feature: FeatureColumn, tolerant: bool) -> np.ndar
         advice = "the training column was numeric"
         _check_numbers(table, feature.name, values, bad, advice, tolerant)
     if tolerant and not feature.gaps:
-        column = table.frame[feature.name]
-        missing = (column.isna() | (column == "")).to_numpy(dtype=bool)
-        if feature.categories is None:
-            missing = np.isnan(values)
+        missing = _gaps(values, feature.categories)
         if missing.any():
             filled = "0 in all columns of its categories"
             if feature.categories is None:

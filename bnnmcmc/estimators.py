@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import narwhals as nw
 import numpy as np
@@ -62,7 +62,7 @@ PARAMETERS = """
         What chains count in the pool: all the same, or by their log score on the validation rows,
         which the posterior then does not condition on.
     time_budget : float, optional
-        Seconds for `fit`; fewer steps and draws are made if needed.
+        Seconds for `fit`, and for each `more_draws`; fewer steps and draws are made if needed.
     random_state : int, RandomState or None
         An int gives the same draws each time (on the same devices).
     verbose : bool
@@ -147,6 +147,32 @@ class _BNN(BaseEstimator):
         check_is_fitted(self)
         return self.fit_.run
 
+    def fit(self, X: Any, y: Any, sample_weight: Any = None) -> Self:
+        """Train and sample.
+
+        Parameters
+        ----------
+        X : array or DataFrame (rows, features)
+        y : array, Series or DataFrame (rows,)
+            Numbers, of a regression also (rows, targets); or labels: text, whole numbers or truth
+            values.
+        sample_weight : array (rows,), optional
+            What a row counts for in the likelihood: 2 as two equal rows, 0 as none. Scales,
+            medians and the validation part go by rows, not by weights.
+
+        Returns
+        -------
+        self
+
+        Raises
+        ------
+        InputError
+            Data or parameters cannot be used; the message says which, and why.
+        """
+        table = self._table(X, reset=True)
+        targets, classes = self._checked(y)
+        return self._fit(table, targets, classes, sample_weight)
+
     def more_draws(self, draws: int):
         """Add draws to every chain: the same as one longer fit.
 
@@ -177,9 +203,9 @@ class _BNN(BaseEstimator):
         -------
         Prediction
         """
-        return self._predict(X, samples=True)
+        return self._predict(X, samples=None)
 
-    def _predict(self, X: Any, samples: bool = False) -> Prediction:
+    def _predict(self, X: Any, samples: bool | None = False) -> Prediction:
         check_is_fitted(self)
         return self.run_.predict(self._table(X, reset=False), samples=samples)
 
@@ -381,34 +407,13 @@ class BNNRegressor(RegressorMixin, _BNN):
         tags.target_tags.multi_output = True
         return tags
 
-    def fit(self, X: Any, y: Any, sample_weight: Any = None) -> "BNNRegressor":
-        """Train and sample.
-
-        Parameters
-        ----------
-        X : array or DataFrame (rows, features)
-        y : array, Series or DataFrame (rows,) or (rows, targets)
-        sample_weight : array (rows,), optional
-            What a row counts for in the likelihood: 2 as two equal rows, 0 as none. Scales,
-            medians and the validation part go by rows, not by weights.
-
-        Returns
-        -------
-        self
-
-        Raises
-        ------
-        InputError
-            Data or parameters cannot be used; the message says which, and why.
-        """
-        table = self._table(X, reset=True)
+    def _checked(self, y: Any) -> tuple[pd.DataFrame, None]:
         targets = _targets(self, y)
         values = check_array(
             targets.to_numpy(), dtype=np.float64, input_name="y", estimator=self, copy=True
         )
         self._one_target = np.asarray(_as_array(y)).ndim == 1
-        frame = pd.DataFrame(values, columns=targets.columns)
-        return self._fit(table, frame, None, sample_weight)
+        return pd.DataFrame(values, columns=targets.columns), None
 
     def predict(
         self, X: Any, return_std: bool = False, quantiles: float | Sequence[float] | None = None
@@ -480,28 +485,7 @@ class BNNClassifier(ClassifierMixin, _BNN):
 
     __doc__ = f"{__doc__}{PARAMETERS.replace('{likelihood}', 'categorical')}{ROWS}"
 
-    def fit(self, X: Any, y: Any, sample_weight: Any = None) -> "BNNClassifier":
-        """Train and sample.
-
-        Parameters
-        ----------
-        X : array or DataFrame (rows, features)
-        y : array or Series (rows,)
-            Labels: text, whole numbers or truth values.
-        sample_weight : array (rows,), optional
-            What a row counts for in the likelihood: 2 as two equal rows, 0 as none. Scales,
-            medians and the validation part go by rows, not by weights.
-
-        Returns
-        -------
-        self
-
-        Raises
-        ------
-        InputError
-            Data or parameters cannot be used; the message says which, and why.
-        """
-        table = self._table(X, reset=True)
+    def _checked(self, y: Any) -> tuple[pd.DataFrame, np.ndarray]:
         name = _targets(self, y).columns[0]
         self._one_target = True
         labels = column_or_1d(np.asarray(_as_array(y)), warn=True)
@@ -511,7 +495,7 @@ class BNNClassifier(ClassifierMixin, _BNN):
             raise InputError(f"y, row {row + 1}: found {labels[row]}, expected a label")
         check_classification_targets(labels)
         classes, codes = np.unique(labels, return_inverse=True)
-        return self._fit(table, pd.DataFrame({name: codes}), classes, sample_weight)
+        return pd.DataFrame({name: codes}), classes
 
     def predict_proba(self, X: Any) -> np.ndarray:
         """Return the probability of every class.

@@ -7,7 +7,7 @@ the same model and shapes.
 
 import json
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache, partial
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from bnnmcmc import build, health, progress, trees
+from bnnmcmc import build, health, preflight, progress, trees
 from bnnmcmc.config import Config, with_placement
 from bnnmcmc.data import Dataset, Encoding
 from bnnmcmc.ensemble import (
@@ -29,9 +29,9 @@ from bnnmcmc.ensemble import (
 )
 from bnnmcmc.errors import InputError
 from bnnmcmc.placement import Placement, gather, replicate, spread
-from bnnmcmc.posterior import Posterior, chain_starts, check_finite, position_shapes
+from bnnmcmc.posterior import Posterior, chain_starts, check_finite
 from bnnmcmc.predictive import ROW_STEP, Draws, fill_rows
-from bnnmcmc.run import Run, chain_status, describe
+from bnnmcmc.run import Run, chain_status, describe, position_layout
 from bnnmcmc.samplers.kernel import Kernel, RowDensity
 from bnnmcmc.sampling import (
     Block,
@@ -163,7 +163,10 @@ def fit(
     begun = time.monotonic()
     deadline = None if budget is None else begun + budget
     posterior = posterior_of(config, dataset.encoding)
+    preflight.check_parts(config, dataset, posterior)
     placement = build.make_placement(config, posterior, dataset)
+    chunked = replace(posterior, row_chunk=placement.row_chunk)
+    preflight.check_memory(preflight.need(config, dataset, chunked, placement), placement)
     config = with_placement(config, build.chosen_fields(config, dataset, placement))
     ensemble, notes = _train(config, dataset, weights, placement, deadline, console)
     data = _sampling_data(config, dataset, weights, posterior, placement)
@@ -179,8 +182,6 @@ def fit(
         program, config.run.seed, carry, data, 0, steps, None, deadline, console
     )
     flat = _joined(blocks)
-    if flat.shape[1] < steps.draws:
-        more += (f"sampling was ended by the time budget after {flat.shape[1]} draws",)
     return _fitted(
         config,
         dataset,
@@ -192,7 +193,7 @@ def fit(
         join_stats(blocks),
         warmup_stats,
         stopped,
-        notes + more,
+        notes + more + _cut_short(flat.shape[1], steps.draws),
     )
 
 
@@ -217,7 +218,9 @@ def more_draws(old: Fit, draws: int, *, budget: float | None = None, console: Co
     data = _sampling_data(old.config, old.dataset, old.weights, posterior, placement)
     done = old.steps.draws
     steps = old.steps._replace(draws=done + draws)
-    program = _program(old.config, old.dataset.encoding, placement, steps)
+    # A program for twice as many, for further calls: how many are drawn is not part of it.
+    room = steps._replace(draws=1 << (steps.draws - 1).bit_length())
+    program = _program(old.config, old.dataset.encoding, placement, room)
     watch = health.look(health.nothing_seen(len(old.flat)), old.stats, 0, steps.thin)
     carry, blocks, stopped = _draw(
         program,
@@ -229,6 +232,7 @@ def more_draws(old: Fit, draws: int, *, budget: float | None = None, console: Co
         watch,
         deadline,
         console,
+        old.stats,
     )
     if not blocks:
         return old
@@ -245,8 +249,14 @@ def more_draws(old: Fit, draws: int, *, budget: float | None = None, console: Co
         {name: np.concatenate([old.stats[name], new[name]], axis=1) for name in new},
         old.warmup_stats,
         stopped,
-        old.notes,
+        old.notes + _cut_short(flat.shape[1], steps.draws),
     )
+
+
+def _cut_short(made: int, wanted: int) -> tuple[str, ...]:
+    if made == wanted:
+        return ()
+    return (f"sampling was ended by the time budget after {made} of {wanted} draws",)
 
 
 def _fitted(config, dataset, weights, ensemble, steps, carry, flat, stats, warmup, stopped, notes):
@@ -270,7 +280,7 @@ def _fitted(config, dataset, weights, ensemble, steps, carry, flat, stats, warmu
 
 
 def _as_draws(posterior: Posterior, flat: np.ndarray) -> Draws:
-    of = trees.layout(position_shapes(posterior))
+    of = position_layout(posterior)
     return Draws(of, flat.shape[0], flat.shape[1], lambda: [flat])
 
 
@@ -375,19 +385,26 @@ def _warm_up(config, dataset, steps, starts, data, placement, deadline, console,
     return steps, finish_warmup(program, carry), join_stats(blocks), notes
 
 
-def _draw(program, seed, carry, data, first, steps, watch, deadline, console):
-    """Return the carry after the last draw, the blocks, and the chains that were stopped."""
+def _draw(program, seed, carry, data, first, steps, watch, deadline, console, before=None):
+    """Return the carry after the last draw, the blocks, and the chains that were stopped.
+
+    ``before`` are the statistics of the draws up to ``first``.
+    """
     blocks: list[Block] = []
     stopped = {} if watch is None else health.stopped_chains(watch.stopped)
     total, thin = steps.draws, steps.thin
     with progress.stage(console, "Sampling", total * thin, "steps", first * thin) as update:
-        for block in run_blocks(program, "sampling", carry, seed, data, first=first, watch=watch):
+        numbers = {"first": first, "last": total}
+        for block in run_blocks(program, "sampling", carry, seed, data, **numbers, watch=watch):
             carry = block.carry
             blocks.append(block._replace(carry=None))
             assert block.stopped is not None
             stopped = health.stopped_chains(block.stopped)
             if len(stopped) == program.placement.chains:
-                raise InputError(health.say_all_stopped(join_stats(blocks), stopped, thin))
+                seen = join_stats(blocks)
+                if before is not None:
+                    seen = {n: np.concatenate([before[n], seen[n]], axis=1) for n in seen}
+                raise InputError(health.say_all_stopped(seen, stopped, thin))
             note = f"log-density {np.nanmedian(block.stats['log_density'][:, -1]):.4g}"
             update((block.start + block.count) * thin, note)
             if deadline is not None and time.monotonic() >= deadline:
@@ -402,9 +419,7 @@ def _share(deadline: float | None, part: float) -> float | None:
 
 
 def _sampling_data(config, dataset, weights, posterior, placement) -> tuple:
-    rows = dataset.train
-    if config.sampler.rows == "train+validation":
-        rows = np.concatenate([dataset.train, dataset.validation])  # as in `sampling_rows`
+    rows = build.sampled_rows(config, dataset)
     each = np.ones(len(rows)) if weights is None else weights[rows]
     x, y = build.sampling_rows(config, dataset)
     # Batches of rows would lose what is filled up.
@@ -487,12 +502,8 @@ def _program(config: Config, encoding: Encoding, placement: Placement, steps: St
 def _built_program(described: _Described, placement: Placement, steps: Steps) -> Program:
     config = described.config
     posterior = posterior_of(config, described.encoding)
-    of = trees.layout(position_shapes(posterior))
-    at_work = posterior
-    if placement.row_chunk is not None:
-        at_work = Posterior(
-            posterior.network, posterior.likelihood, posterior.prior, placement.row_chunk
-        )
+    of = position_layout(posterior)
+    at_work = replace(posterior, row_chunk=placement.row_chunk)
     return build_program(
         RowDensity(at_work.log_prior, at_work.log_likelihood),
         build.make_kernel(config),

@@ -21,6 +21,8 @@ from bnnmcmc.placement import Placement, gather, over_chains, place, replicate, 
 # Most draws that go through one compiled call, and most predictive samples kept per row.
 BATCH = 512
 MAX_SAMPLES = 10_000
+# Predictions of more rows come without samples, unless these are asked for.
+MAX_SAMPLED_ROWS = 5000
 MIN_SAMPLES = 2_000
 # Rows are filled up to a multiple of this.
 ROW_STEP = 32

@@ -27,7 +27,7 @@ from bnnmcmc.data import Encoding, FeatureColumn, TargetColumn, as_table, encode
 from bnnmcmc.errors import InputError
 from bnnmcmc.posterior import Posterior, position_shapes
 from bnnmcmc.prediction import Prediction, in_target_units
-from bnnmcmc.predictive import Draws, pool, thinned_to
+from bnnmcmc.predictive import MAX_SAMPLED_ROWS, Draws, pool, thinned_to
 from bnnmcmc.store import disk_errors
 
 if TYPE_CHECKING:
@@ -69,13 +69,13 @@ class Predictor:
         """All draws, under the name that they have in a `Run`."""
         return self.draws
 
-    def predict(self, rows: Any, *, samples: bool = True) -> Prediction:
+    def predict(self, rows: Any, *, samples: bool | None = None) -> Prediction:
         """Predict new rows, as `Run.predict` does.
 
         Parameters
         ----------
         rows : DataFrame, Table or array (rows, features)
-        samples : bool
+        samples : bool, optional
 
         Returns
         -------
@@ -88,7 +88,8 @@ class Predictor:
             Rows that cannot be encoded: the message names column and row.
         """
         x = encode_features(self.encoding, as_table(self.encoding, rows))
-        pooled = pool(self.posterior, self.draws, x, seed=self.seed, samples=samples)
+        drawn = len(x) <= MAX_SAMPLED_ROWS if samples is None else samples
+        pooled = pool(self.posterior, self.draws, x, seed=self.seed, samples=drawn)
         return in_target_units(pooled, self.encoding)
 
 
@@ -187,20 +188,23 @@ def load(file: str | Path) -> Predictor:
                         arrays[name[:-4]] = np.lib.format.read_array(member, allow_pickle=False)
         if document["format"] != FORMAT:
             raise ValueError(f"its format is {document['format']!r}")
-        version, flat = int(document["version"]), arrays["draws"]
+        version = int(document["version"])
+        if version > VERSION:
+            raise InputError(
+                f"{file}: written by a later version of bnnmcmc (format {version}, this one reads "
+                f"up to {VERSION}); update bnnmcmc"
+            )
+        flat = arrays["draws"]
         described = {name: document[name] for name in ("model", "likelihood")}
         leaves = {name: tuple(shape) for name, shape in document["leaves"].items()}
         encoding, seed = Encoding.from_json(document["encoding"]), int(document["seed"])
+    except InputError:
+        raise
     except Exception as error:  # zip, JSON and npy errors have no common base
         raise InputError(
             f"{file}: not a predictor written by Run.save, or damaged: "
             f"{type(error).__name__}: {error}"
         ) from error
-    if version > VERSION:
-        raise InputError(
-            f"{file}: written by a later version of bnnmcmc (format {version}, this one reads up "
-            f"to {VERSION}); update bnnmcmc"
-        )
     posterior = _build(described, encoding, str(file))
     of = trees.layout(position_shapes(posterior))
     if dict(zip(of.names, of.shapes, strict=True)) != leaves or flat.shape[2:] != (of.size,):

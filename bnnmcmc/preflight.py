@@ -74,18 +74,10 @@ def check_model(
     """
     target = Target(**config.stop.model_dump())
     check_target(target, rows=config.sampler.rows, validation=len(dataset.validation))
-    if config.pool.weights != "equal" and not len(dataset.validation):
-        raise InputError(
-            f'pool.weights: "{config.pool.weights}" is fitted on the validation rows, but there '
-            "are none; set data.split.validation, or take equal weights"
-        )
     posterior = build.make_posterior(config, dataset.encoding)
     if folder is not None:
         check_disk(folder, position_layout(posterior), config.ensemble.members, draws)
-    build.sampled_size(config, position_layout(posterior))
-    build.check_own_kernel(config, position_layout(posterior))
-    check_rows(build.make_kernel(config), build.sampling_rows(config, dataset))
-    build.make_ensemble_optimiser(config)
+    check_parts(config, dataset, posterior)
     placement = build.make_placement(config, posterior, dataset, group)
     posterior = replace(posterior, row_chunk=placement.row_chunk)
     check_memory(need(config, dataset, posterior, placement), placement)
@@ -95,6 +87,32 @@ def check_model(
     starts = _starts(posterior, key)
     check_finite(posterior, starts(jnp.arange(count)), x, y, label="member")
     return posterior, placement
+
+
+def check_parts(config: Config, dataset: Dataset, posterior: Posterior) -> None:
+    """Check that weights of chains, leaves, kernel, batches and optimiser fit the data.
+
+    Parameters
+    ----------
+    config : Config
+    dataset : Dataset
+    posterior : Posterior
+
+    Raises
+    ------
+    InputError
+        The message names the field.
+    """
+    if config.pool.weights != "equal" and not len(dataset.validation):
+        raise InputError(
+            f'pool.weights: "{config.pool.weights}" is fitted on the validation rows, but there '
+            "are none; hold some out for validation, or take equal weights"
+        )
+    of = position_layout(posterior)
+    build.sampled_size(config, of)
+    build.check_own_kernel(config, of)
+    check_rows(build.make_kernel(config), build.sampling_rows(config, dataset))
+    build.make_ensemble_optimiser(config)
 
 
 def _starts(posterior: Posterior, key: jax.Array) -> Callable[[jax.Array], Any]:

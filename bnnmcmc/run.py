@@ -35,6 +35,7 @@ from bnnmcmc.posterior import Posterior, activation_bytes, chain_starts, positio
 from bnnmcmc.prediction import Prediction, in_target_units
 from bnnmcmc.predictive import (
     BATCH,
+    MAX_SAMPLED_ROWS,
     Draws,
     Pooled,
     chain_log_densities,
@@ -60,8 +61,6 @@ from bnnmcmc.targets import (
 # The ArviZ tree is thinned to about this size: its log-likelihoods grow with rows x draws.
 ARVIZ_BYTES = 64 * 2**20
 MAX_FUNCTION_ROWS = 50
-# Predictions of more rows come without samples.
-MAX_SAMPLED_ROWS = 5000
 NO_TARGET = Target()
 # Stored draws are handed on in pieces of about this size, however large the stored blocks are.
 PIECE_BYTES = 8 * 2**20

@@ -14,6 +14,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 import bnnmcmc
+from bnnmcmc import trees
 
 TINY = {
     "hidden": (4,),
@@ -204,6 +205,9 @@ def test_targets_that_cannot_be_used(classifier):
         ({"likelihood": "categorical"}, "which is for classification, not for BNNRegressor"),
         ({"ensemble": {"members": 3}}, "the parameter chains says how many"),
         ({"validation_fraction": 1.0}, "validation_fraction: found 1.0"),
+        ({"weights": "stacking", "validation_fraction": 0.0}, "hold some out for validation"),
+        ({"sampler": {"kernel": "mclmc", "leaves": ["layer9"]}}, "sampler.leaves"),
+        ({"sampler": {"kernel": "smile", "batch_size": 500}}, "sampler.batch_size: found 500"),
         ({"categorical": ["town"]}, "data.categorical: X has no column 'town'"),
         ({"likelihood": "poisson"}, "expected whole numbers from 0"),
     ],
@@ -261,6 +265,31 @@ def test_more_draws_are_those_of_a_longer_fit():
     np.testing.assert_array_equal(short.predict(x), long.predict(x))
     with pytest.raises(bnnmcmc.InputError, match="draws: found 0"):
         short.more_draws(0)
+
+
+def test_the_density_is_that_of_the_weighted_rows():
+    """Also with the rows that fill up the programs, and those of the validation part."""
+    rng = np.random.default_rng(0)
+    x, weights = rng.normal(size=(40, 2)), rng.integers(1, 4, 40).astype(float)
+    options = {**TINY, "sampler": {"kernel": "hmc", "num_leapfrog": 2}, "draws": 3}
+    model = bnnmcmc.BNNRegressor(**options).fit(x, x[:, 0] + x[:, 1], sample_weight=weights)
+    run, data = model.run_, model.fit_.dataset
+    rows = np.concatenate([data.train, data.validation])
+    position = trees.unflatten(model.fit_.flat[0, -1], run.draws.layout)
+    arrays = run.posterior.arrays(run.x, run.y)
+    expected = float(run.posterior.log_density(position, *arrays, weights[rows]))
+    assert abs(expected - float(run.posterior.log_density(position, *arrays))) > 1
+    assert model.fit_.stats["log_density"][0, -1] == pytest.approx(expected, rel=1e-4)
+
+
+def test_more_draws_within_a_budget_say_what_is_missing():
+    x = np.random.default_rng(1).normal(size=(40, 2))
+    model = bnnmcmc.BNNRegressor(**TINY).fit(x, x[:, 0])
+    model.time_budget = 1e-3
+    model.more_draws(100_000)
+    made = model.fit_.flat.shape[1]
+    assert 20 < made < 100_020
+    assert model.fit_.notes[-1].endswith(f"after {made} of 100020 draws")
 
 
 def test_rows_of_weight_zero_are_absent():

@@ -8,10 +8,12 @@ import jax
 import numpy as np
 import pandas as pd
 import pytest
+from rich.console import Console
 
 import bnnmcmc
 from bnnmcmc.data import read_pieces, read_table
 from bnnmcmc.predictive import thinned
+from bnnmcmc.rows import predict_file
 from tests.test_estimators import TINY, houses
 
 LOAD = """
@@ -128,8 +130,9 @@ def test_files_that_are_no_predictor(fitted, tmp_path):
     with zipfile.ZipFile(tmp_path / "model.bnn") as old:
         text, draws = old.read("predictor.json"), old.read("draws.npy")
     with zipfile.ZipFile(tmp_path / "later.bnn", "w") as new:
-        new.writestr("predictor.json", text.replace(b'"version": 1', b'"version": 9'))
-        new.writestr("draws.npy", draws)
+        later = text.replace(b'"version": 1', b'"version": 9').replace(b'"leaves"', b'"parts"')
+        new.writestr("predictor.json", later)
+        new.writestr("other.npy", draws)
     with pytest.raises(bnnmcmc.InputError, match="later version of bnnmcmc"):
         bnnmcmc.load(tmp_path / "later.bnn")
     with pytest.raises(bnnmcmc.InputError, match="there is no folder"):
@@ -156,6 +159,20 @@ def test_command_predicts_in_pieces(fitted, here, tmp_path, monkeypatch, kind):
     found = read(tmp_path / f"out.{other}")
     pd.testing.assert_frame_equal(found, expected, rtol=1e-5, check_dtype=False)
     assert not list(tmp_path.glob(".*partial"))
+
+
+def test_scores_of_pieces_are_those_of_the_table(fitted, tmp_path, monkeypatch):
+    model, rows, file = fitted
+    monkeypatch.setattr("bnnmcmc.rows.READ_ROWS", 32)
+    monkeypatch.setattr("bnnmcmc.rows.SCORED_ROWS", 13)
+    table = rows.assign(**{model.run_.encoding.targets[0].name: np.linspace(0, 300, len(rows))})
+    table.to_csv(tmp_path / "table.csv", index=False)
+    console = Console(quiet=True)
+    found = predict_file(file, tmp_path / "table.csv", tmp_path / "o.csv", 0.9, console)
+    assert found.rows == len(rows)
+    expected = model.run_.score(table)
+    for name in ("lppd", "rmse", "crps", "coverage_90"):
+        assert found.scores[name] == pytest.approx(expected[name], rel=1e-4), name
 
 
 def test_a_bad_cell_in_a_late_piece_leaves_no_file(fitted, here, tmp_path, monkeypatch):

@@ -58,8 +58,9 @@ def until_settled(
     :math:`m_k` in window k and mean distance :math:`s_k` from :math:`m_{k-1}` in it, the chain has
     settled if :math:`|m_k - m_{k-1}|` and :math:`|m_k - m_{k-2}|` are below :math:`s_k / 2` and
     the step size changed by less than a quarter over these windows. Then step ``resume_at`` is
-    next. A chain that is through with its warm-up stays where it is: its further steps cost no
-    gradient, and have the statistics of its last one.
+    next. A chain that is through with its warm-up stays where it is: its further steps have the
+    statistics of its last one, and cost no gradient; where chains advance side by side (GPU,
+    groups), gradients are computed along with the others', and not counted.
 
     Parameters
     ----------
