@@ -251,6 +251,8 @@ def predict(source: Path, table: Path, *, out: Path | None = None, level: float 
     if out is not None:
         rate = done.rows / max(time.monotonic() - begun, 1e-9)
         said.print(f"wrote {escape(str(out))}: {done.rows} rows, {rate:.4g} rows/s")
+    if done.calibration:
+        said.print(done.calibration, markup=False)
     if done.scores is not None:
         said.print("scores: " + ", ".join(f"{k} {v:.4g}" for k, v in done.scores.items()))
 

@@ -139,6 +139,7 @@ LIKELIHOOD_OPTIONS = {
     "df": ("student_t",),
     "components": ("gaussian_mixture",),
 }
+CLASSES = ("categorical", "bernoulli")
 SUPPORTS: dict[str, Literal["count", "unit"]] = {
     "poisson": "count",
     "zero_inflated_poisson": "count",
@@ -681,6 +682,16 @@ class PoolConfig(Section):
     )
 
 
+class CalibrationConfig(Section):
+    """[calibration]: how predictions are corrected on the validation rows."""
+
+    method: Literal["none", "split", "cqr", "temperature"] = Field(
+        default="none",
+        description="split-conformal or conformalised quantile (cqr) intervals, or a temperature "
+        'for classes; needs sampler.rows = "train"',
+    )
+
+
 class RunConfig(Section):
     """[run]: everything about the run that is not the model."""
 
@@ -736,6 +747,7 @@ class Config(Section):
     ] = MCLMCConfig()
     stop: StopConfig = StopConfig()
     pool: PoolConfig = PoolConfig()
+    calibration: CalibrationConfig = CalibrationConfig()
     run: RunConfig = RunConfig()
 
     @field_validator("stop")
@@ -761,11 +773,36 @@ class Config(Section):
             )
         return value
 
+    @field_validator("calibration")
+    @classmethod
+    def _calibrated_on_new_rows(cls, value, info):
+        if value.method == "none":
+            return value
+        sampler, pool, likelihood = (info.data.get(n) for n in ("sampler", "pool", "likelihood"))
+        if sampler is not None and sampler.rows != "train":
+            raise ValueError(
+                f'method = "{value.method}" needs sampler.rows = "train", found '
+                '"train+validation": it is fitted on the validation rows, which the chains must '
+                'not have seen; set that, or method = "none"'
+            )
+        if pool is not None and pool.weights != "equal":
+            raise ValueError(
+                f'method = "{value.method}" needs pool.weights = "equal", found "{pool.weights}": '
+                "the validation rows cannot serve both"
+            )
+        numbers = likelihood is None or likelihood.kind not in CLASSES
+        if likelihood is not None and numbers == (value.method == "temperature"):
+            expected = "split or cqr" if numbers else "temperature"
+            raise ValueError(
+                f'method: found "{value.method}", expected {expected} for likelihood.kind = '
+                f'"{likelihood.kind}"'
+            )
+        return value
+
     @property
     def task(self) -> Literal["regression", "classification"]:
         """Whether the target is numbers or classes."""
-        classes = self.likelihood.kind in ("categorical", "bernoulli")
-        return "classification" if classes else "regression"
+        return "classification" if self.likelihood.kind in CLASSES else "regression"
 
     @property
     def support(self) -> Literal["real", "count", "unit"]:

@@ -61,6 +61,10 @@ PARAMETERS = """
     weights : {"equal", "stacking", "pseudo_bma"}
         What chains count in the pool: all the same, or by their log score on the validation rows,
         which the posterior then does not condition on.
+    calibration : {"none", "split", "cqr", "temperature"}
+        How predictions are corrected on the validation rows, which the posterior then does not
+        condition on: split-conformal or conformalised quantile intervals, or a temperature for
+        classes (`bnnmcmc.recalibration`).
     time_budget : float, optional
         Seconds for `fit`, and for each `more_draws`; fewer steps and draws are made if needed.
     random_state : int, RandomState or None
@@ -113,6 +117,7 @@ class _BNN(BaseEstimator):
         validation_fraction: float = 0.1,
         categorical: Sequence[str | int] | None = None,
         weights: str = "equal",
+        calibration: str = "none",
         time_budget: float | None = None,
         random_state: Any = 0,
         verbose: bool = False,
@@ -130,6 +135,7 @@ class _BNN(BaseEstimator):
         self.validation_fraction = validation_fraction
         self.categorical = categorical
         self.weights = weights
+        self.calibration = calibration
         self.time_budget = time_budget
         self.random_state = random_state
         self.verbose = verbose
@@ -359,7 +365,7 @@ class _BNN(BaseEstimator):
         for name in ("warmup", "draws", "thin"):
             if getattr(self, name) is not None:
                 sampler[name] = getattr(self, name)
-        if self.weights != "equal":
+        if self.weights != "equal" or self.calibration != "none":
             sampler.setdefault("rows", "train")
         likelihood = self.likelihood
         if likelihood is None:
@@ -372,6 +378,7 @@ class _BNN(BaseEstimator):
             "ensemble": {"batch_size": min(32, rows), **(self.ensemble or {})},
             "sampler": sampler,
             "pool": {"weights": self.weights},
+            "calibration": {"method": self.calibration},
             "run": {"seed": seed},
         }
         if "members" in tables["ensemble"]:

@@ -125,6 +125,7 @@ class Fit:
             stopped=self.stopped,
             pooling=self.config.pool.weights,
             pool_size=self.config.pool.draws,
+            calibration=self.config.calibration.method,
             described=describe(self.config),
         )
 

@@ -637,7 +637,7 @@ def draw(job: Job) -> bool:
     for path in (folder / "draws", folder / "stats") if job.group.lead else ():
         store.settle_shares(path, job.placement.chains, manifest["blocks"])
         store.resize_arrays(path, total)
-    late = job.stop.at(job.stop.sampling_deadline if done else None)
+    late = job.stop.at(job.stop.draws_deadline(done) if done else None)
     steps, first = manifest["thin"], job.placement.first
     checks, note = None, ""
     with (
@@ -703,7 +703,7 @@ def draw(job: Job) -> bool:
                     break
                 if checks and checks.met:
                     break
-                if job.stop.at(job.stop.sampling_deadline):
+                if job.stop.at(job.stop.draws_deadline(done)):
                     break
                 del block, leaves  # as large as what the next block takes
         met = checks is not None and checks.met

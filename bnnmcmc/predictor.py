@@ -1,4 +1,4 @@
-"""A compact predictor: what predicts new rows, in one file without code and training data.
+"""A compact predictor: what predicts new rows, in one file without code and training rows.
 
 The file is a zip archive, which NumPy reads as an npz:
 
@@ -7,6 +7,8 @@ The file is a zip archive, which NumPy reads as an npz:
                       shapes of the parameters, seed, how many draws were kept
 ``draws.npy``         (chain, draw, size) of the network's and likelihood's parameters
 ``weights.npy``       (chain,) what each chain counts in the pool
+``calibration_*.npy`` of a calibrated run only: the held-out rows, as the network
+                      sees them, that intervals or probabilities are corrected on
 ====================  ==============================================================
 """
 
@@ -14,8 +16,9 @@ import json
 import os
 import zipfile
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -28,12 +31,13 @@ from bnnmcmc.errors import InputError
 from bnnmcmc.posterior import Posterior, position_shapes
 from bnnmcmc.prediction import Prediction, in_target_units
 from bnnmcmc.predictive import MAX_SAMPLED_ROWS, Draws, pool, thinned_to
+from bnnmcmc.recalibration import Conformal, Correction, Temperature, correction_of
 from bnnmcmc.store import disk_errors
 
 if TYPE_CHECKING:
     from bnnmcmc.run import Run
 
-FORMAT, VERSION = "bnnmcmc predictor", 1
+FORMAT, VERSION = "bnnmcmc predictor", 2
 DESCRIPTION = "predictor.json"
 
 
@@ -50,12 +54,18 @@ class Predictor:
     encoding : Encoding
     seed : int
         Of predictive samples.
+    calibration : "none", "split", "cqr" or "temperature"
+        How predictions are corrected.
+    calibration_rows : tuple of arrays, optional
+        Inputs and targets, as the network sees them, that the correction is fitted on.
     """
 
     posterior: Posterior
     draws: Draws
     encoding: Encoding
     seed: int
+    calibration: Literal["none"] | Correction = "none"
+    calibration_rows: tuple[np.ndarray, np.ndarray] | None = None
 
     def __repr__(self) -> str:
         return (
@@ -68,6 +78,16 @@ class Predictor:
     def pooled_draws(self) -> Draws:
         """All draws, under the name that they have in a `Run`."""
         return self.draws
+
+    @cached_property
+    def correction(self) -> Conformal | Temperature | None:
+        """What corrects intervals or class probabilities; None for the posterior's own."""
+        if self.calibration == "none":
+            return None
+        assert self.calibration_rows is not None
+        x, y = self.calibration_rows
+        pooled = pool(self.posterior, self.draws, x, seed=self.seed, samples=False)
+        return correction_of(self.calibration, pooled, y, self.encoding)
 
     def predict(self, rows: Any, *, samples: bool | None = None) -> Prediction:
         """Predict new rows, as `Run.predict` does.
@@ -90,7 +110,8 @@ class Predictor:
         x = encode_features(self.encoding, as_table(self.encoding, rows))
         drawn = len(x) <= MAX_SAMPLED_ROWS if samples is None else samples
         pooled = pool(self.posterior, self.draws, x, seed=self.seed, samples=drawn)
-        return in_target_units(pooled, self.encoding)
+        prediction = in_target_units(pooled, self.encoding)
+        return prediction if self.correction is None else self.correction.correct(prediction)
 
 
 def save(file: str | Path, run: "Run", described: dict[str, Any], draws: int | None) -> None:
@@ -117,11 +138,6 @@ def save(file: str | Path, run: "Run", described: dict[str, Any], draws: int | N
         raise InputError(f"{file}: there is no folder {file.parent}; make it first")
     encoding = run.encoding or _bare(run)
     posterior = _build(described, encoding, "save")
-    if run.correction is not None:
-        raise InputError(
-            "save: the corrections of a calibrated run are not kept in the file; save the run that "
-            "it was made of"
-        )
     whole = run.pooled_draws
     kept = whole if draws is None else thinned_to(whole, draws)
     flat = np.concatenate(list(kept.blocks()), axis=1)
@@ -135,7 +151,8 @@ def save(file: str | Path, run: "Run", described: dict[str, Any], draws: int | N
         )
     document = {
         "format": FORMAT,
-        "version": VERSION,
+        # Older readers would leave a correction out.
+        "version": 1 if run.calibration == "none" else VERSION,
         **described,
         "encoding": encoding.to_json(),
         "leaves": dict(zip(of.names, map(list, of.shapes), strict=True)),
@@ -143,6 +160,9 @@ def save(file: str | Path, run: "Run", described: dict[str, Any], draws: int | N
         "kept": {"chains": whole.chains, "draws": kept.draws, "of": whole.draws},
     }
     arrays = {"draws": flat}
+    if run.calibration != "none":
+        document["calibration"] = run.calibration
+        arrays["calibration_x"], arrays["calibration_y"] = map(np.asarray, run.calibrated_on)
     if kept.weights is not None:
         arrays["weights"] = np.asarray(kept.weights, np.float64)
     partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
@@ -198,6 +218,12 @@ def load(file: str | Path) -> Predictor:
         described = {name: document[name] for name in ("model", "likelihood")}
         leaves = {name: tuple(shape) for name, shape in document["leaves"].items()}
         encoding, seed = Encoding.from_json(document["encoding"]), int(document["seed"])
+        correction: tuple[Any, ...] = ()
+        if "calibration" in document:
+            correction = (
+                document["calibration"],
+                (arrays["calibration_x"], arrays["calibration_y"]),
+            )
     except InputError:
         raise
     except Exception as error:  # zip, JSON and npy errors have no common base
@@ -213,7 +239,7 @@ def load(file: str | Path) -> Predictor:
             "the network's code has changed since it was written"
         )
     draws = Draws(of, flat.shape[0], flat.shape[1], lambda: [flat], arrays.get("weights"))
-    return Predictor(posterior, draws, encoding, seed)
+    return Predictor(posterior, draws, encoding, seed, *correction)
 
 
 def _build(described: dict[str, Any], encoding: Encoding, name: str) -> Posterior:

@@ -31,6 +31,7 @@ from bnnmcmc.placement import QUICK, Placement, replicate, spread
 from bnnmcmc.posterior import Posterior, check_finite
 from bnnmcmc.processes import Group
 from bnnmcmc.progress import duration
+from bnnmcmc.recalibration import SMALLEST_HELD_OUT
 from bnnmcmc.run import position_layout
 from bnnmcmc.samplers.kernel import MinibatchKernel
 from bnnmcmc.samplers.network import walk_steps
@@ -107,6 +108,13 @@ def check_parts(config: Config, dataset: Dataset, posterior: Posterior) -> None:
         raise InputError(
             f'pool.weights: "{config.pool.weights}" is fitted on the validation rows, but there '
             "are none; hold some out for validation, or take equal weights"
+        )
+    needed = SMALLEST_HELD_OUT[config.calibration.method]
+    if len(dataset.validation) < needed:
+        raise InputError(
+            f'calibration.method: "{config.calibration.method}" needs at least {needed} validation '
+            f"rows, found {len(dataset.validation)}; hold more out for validation, or take "
+            'method = "none"'
         )
     of = position_layout(posterior)
     build.sampled_size(config, of)

@@ -11,10 +11,14 @@ from typing import Literal
 import numpy as np
 import scipy.optimize
 
+from bnnmcmc.data import Encoding, target_to_units
 from bnnmcmc.errors import InputError
-from bnnmcmc.prediction import Prediction
+from bnnmcmc.prediction import Prediction, in_target_units
+from bnnmcmc.predictive import Pooled
 
 Correction = Literal["split", "cqr", "temperature"]
+# So many rows the intervals that are scored need (95 %), or a temperature.
+SMALLEST_HELD_OUT = {"none": 0, "split": 19, "cqr": 19, "temperature": 1}
 # Temperatures are looked for between these.
 MIN_TEMPERATURE, MAX_TEMPERATURE = 0.05, 20.0
 
@@ -181,6 +185,36 @@ def _tempered(prediction: Prediction, temperature: float) -> Prediction:
     raised = np.exp(logs - logs.max(axis=1, keepdims=True))
     probabilities = raised / raised.sum(axis=1, keepdims=True)
     return replace(prediction, probabilities=probabilities, expected_entropy=None)
+
+
+def correction_of(
+    method: Correction, pooled: Pooled, y: np.ndarray, encoding: Encoding | None
+) -> Conformal | Temperature:
+    """Fit a correction to the pooled predictive of held-out rows.
+
+    Parameters
+    ----------
+    method : "split", "cqr" or "temperature"
+    pooled : Pooled
+    y : array
+        Targets as the network sees them.
+    encoding : Encoding or None
+
+    Returns
+    -------
+    Conformal or Temperature
+
+    Raises
+    ------
+    InputError
+        As in `fit_correction`.
+    """
+    prediction, observed = in_target_units(pooled, encoding), np.asarray(y)
+    if prediction.classes is not None:
+        observed = np.array(prediction.classes, dtype=object)[observed]
+    elif encoding is not None:
+        observed = target_to_units(encoding, observed)
+    return fit_correction(method, prediction, observed)
 
 
 def fit_correction(

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from bnnmcmc import diagnostics, exploration, store, trees
+from bnnmcmc import diagnostics, exploration, metrics, store, trees
 from bnnmcmc.data import target_to_units
 from bnnmcmc.errors import InputError
 from bnnmcmc.pooling import effective_chains
@@ -177,6 +177,8 @@ def _write_scores(run: Run, folder: Path) -> None:
         result["test_target_units"] = {name: s["target"] for name, s in both.items()}
     result |= {"rows": len(x), "best_member": best, "pooled_chains": run.pooled_chains}
     result["standard_errors"] = {"standardised": errors["standardised"], "target": errors["target"]}
+    if run.pooled_chains and run.correction is not None:
+        result["calibrated"] = _calibrated(run, found["posterior"], y)
     if run.pooled_chains:
         result["pool"] = {
             "weights": run.pooling,
@@ -209,6 +211,35 @@ def _write_scores(run: Run, folder: Path) -> None:
             "pit": _pit(prediction, found["posterior"], target_to_units(encoding, y), y),
         }
     store.write_arrays(folder / "predictions.npz", arrays)
+
+
+def _calibrated(run: Run, pooled: Pooled, y: np.ndarray) -> dict[str, Any]:
+    """Return the scores that a correction changes, of the posterior's own and corrected.
+
+    Intervals: share of rows covered and mean width, in target units, by level. Classes: scores.
+    """
+    own, encoding = in_target_units(pooled, run.encoding), run.encoding
+    assert run.correction is not None and encoding is not None
+    corrected = run.correction.correct(own)
+    both = {"posterior": own, "corrected": corrected}
+    if own.probabilities is not None:
+        assert own.classes is not None
+        labels = np.array(own.classes, dtype=object)[y]
+        found = {
+            name: metrics.classification_scores(y, each.probabilities, each.log_prob(labels))
+            for name, each in both.items()
+        }
+        return {"method": run.calibration, "said": corrected.calibration, **found}
+    observed = target_to_units(encoding, y)
+    intervals: dict[str, dict[str, Any]] = {name: {} for name in both}
+    for level in metrics.LEVELS:
+        for name, each in both.items():
+            low, high = each.interval(level / 100)
+            intervals[name][f"coverage_{level}"] = float(
+                ((low <= observed) & (observed <= high)).mean()
+            )
+            intervals[name][f"width_{level}"] = float((high - low).mean())
+    return {"method": run.calibration, "said": corrected.calibration, **intervals}
 
 
 def _pit(prediction: Prediction, pooled: Pooled, in_units: np.ndarray, y: np.ndarray) -> np.ndarray:

@@ -28,10 +28,11 @@ READ_ROWS, SCORED_ROWS = 16_384, 2000
 
 
 class Predicted(NamedTuple):
-    """What became of a file: how many rows were written, and scores if it holds the targets."""
+    """What became of a file: rows written, scores if it holds the targets, how it was corrected."""
 
     rows: int
     scores: dict[str, float] | None
+    calibration: str = ""
 
 
 def open_predictor(path: Path) -> Run | Predictor:
@@ -72,7 +73,7 @@ def predict_file(
     encoding = predictor.encoding
     if encoding is None:
         raise InputError(f"{source}: the run has no encoding of rows")
-    done, scored = 0, []
+    done, scored, marked = 0, [], ""
     total = count_rows(table)
     with (
         progress.stage(console, "Predicting", total, "rows") as update,
@@ -93,13 +94,16 @@ def predict_file(
                     first_row=done,
                     samples=target is not None,
                 )
-                frame = in_target_units(pooled, encoding).to_frame(level)
+                prediction = in_target_units(pooled, encoding)
+                if predictor.correction is not None:
+                    prediction = predictor.correction.correct(prediction)
+                marked, frame = prediction.calibration, prediction.to_frame(level)
                 write(frame)
                 if target is not None:
                     scored.append((len(frame), scores(pooled, target, encoding)["target"]))
                 done += len(frame)
                 update(min(done, total), "")
-    return Predicted(done, _mean_scores(scored) if scored else None)
+    return Predicted(done, _mean_scores(scored) if scored else None, marked)
 
 
 def _mean_scores(scored: list[tuple[int, dict[str, float]]]) -> dict[str, float]:

@@ -45,7 +45,7 @@ from bnnmcmc.predictive import (
     thinned,
     thinned_to,
 )
-from bnnmcmc.recalibration import Conformal, Correction, Temperature, fit_correction
+from bnnmcmc.recalibration import Conformal, Correction, Temperature, correction_of
 from bnnmcmc.samplers.kernel import RowDensity
 from bnnmcmc.samplers.table import kernel_named
 from bnnmcmc.sampling import sample_density
@@ -127,8 +127,11 @@ class Run:
         part if not given.
     pool_size : int
         Predict with about so many draws (see `predictive.thinned_to`); 0 for all.
-    correction : Conformal or Temperature, optional
-        Corrects intervals or class probabilities of predictions (`calibrated`).
+    calibration : "none", "split", "cqr" or "temperature"
+        How intervals or class probabilities of predictions are corrected (`calibrated`).
+    calibration_rows : tuple of arrays, optional
+        Inputs and targets, as the network sees them, that it is fitted on; the validation part if
+        not given.
     described : dict, optional
         The config's [model] and [likelihood], by which `save` describes the network.
 
@@ -156,7 +159,8 @@ class Run:
     pooling: Weighting = "equal"
     held_out: tuple[Any, Any] | None = None
     pool_size: int = 0
-    correction: Conformal | Temperature | None = None
+    calibration: Literal["none"] | Correction = "none"
+    calibration_rows: tuple[Any, Any] | None = None
     described: dict[str, Any] | None = None
 
     @property
@@ -288,18 +292,33 @@ class Run:
                 "rows, which are then not held out any more; give other rows, or take "
                 'run.weighted("equal")'
             )
-        given = self._held_out_rows(method) if rows is None else self._encode(rows, y)
-        x, target = given
-        if target is None:
+        given = None if rows is None else self._encode(rows, y)
+        if given is not None and given[1] is None:
             raise InputError("calibrated: the rows have no target column; give y")
+        chosen = replace(self, calibration=method, calibration_rows=given)
+        _ = chosen.correction  # what cannot be fitted is said now
+        return chosen
+
+    @property
+    def calibrated_on(self) -> tuple[Any, Any]:
+        """Inputs and targets, as the network sees them, that the correction is fitted on."""
+        given = self.calibration_rows
+        return self._held_out_rows(self.calibration) if given is None else given
+
+    @functools.cached_property
+    def correction(self) -> Conformal | Temperature | None:
+        """What corrects intervals or class probabilities; None for the posterior's own.
+
+        Raises
+        ------
+        InputError
+            As `calibrated` does.
+        """
+        if self.calibration == "none":
+            return None
+        x, y = self.calibrated_on
         pooled = pool(self.posterior, self.pooled_draws, x, seed=self.seed, samples=False)
-        prediction, encoding = in_target_units(pooled, self.encoding), self.encoding
-        observed = np.asarray(target)
-        if prediction.classes is not None:
-            observed = np.array(prediction.classes, dtype=object)[observed]
-        elif encoding is not None:
-            observed = target_to_units(encoding, observed)
-        return replace(self, correction=fit_correction(method, prediction, observed))
+        return correction_of(self.calibration, pooled, np.asarray(y), self.encoding)
 
     @staticmethod
     def open(folder: str | Path) -> "Run":
@@ -355,6 +374,7 @@ class Run:
             stopped,
             config.pool.weights,
             pool_size=config.pool.draws,
+            calibration=config.calibration.method,
             described=describe(config),
         )
 

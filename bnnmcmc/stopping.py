@@ -64,6 +64,13 @@ class Stop:
         now, end = time.monotonic(), self.sampling_deadline
         return None if end is None else now + part * max(0.0, end - now)
 
+    def draws_deadline(self, draws: int) -> float | None:
+        """Return when sampling must end that has made so many draws.
+
+        The first few are worth more than a punctual report: they may take the time kept for it.
+        """
+        return self.sampling_deadline if draws >= MIN_PLANNED else self.deadline
+
     @property
     def sampling_deadline(self) -> float | None:
         """When sampling must end so that scores and report still fit."""

@@ -79,6 +79,7 @@ def print_summary(console: Console, folder: Path) -> None:
         console.print(f"[yellow]note[/]      {escape(note)}", highlight=False, soft_wrap=True)
     _print_scores(console, folder)
     _print_pool(console, folder)
+    _print_calibration(console, folder)
     _print_status(console, manifest["status"])
     _print_verdict(console, folder)
     more = f"--draws {manifest['draws']}"
@@ -274,6 +275,33 @@ def _print_pool(console: Console, folder: Path) -> None:
             highlight=False,
             soft_wrap=True,
         )
+
+
+def _print_calibration(console: Console, folder: Path) -> None:
+    """Say what a correction of intervals or probabilities changed, if there is one."""
+    path = folder / "metrics.json"
+    found = json.loads(path.read_text()).get("calibrated") if path.is_file() else None
+    if found:
+        console.print(
+            f"\n[dim]corrected[/] {say_calibration(found)}", highlight=False, soft_wrap=True
+        )
+
+
+def say_calibration(found: dict[str, Any]) -> str:
+    """Say what a correction changed of the scores on the test rows."""
+    own, corrected = found["posterior"], found["corrected"]
+    if "coverage_90" in own:
+        changed = (
+            f"the 90 % interval covers {100 * corrected['coverage_90']:.1f} % of the test rows, "
+            f"the posterior's own {100 * own['coverage_90']:.1f} %; {corrected['width_90']:.3g} "
+            f"wide instead of {own['width_90']:.3g}"
+        )
+    else:
+        changed = (
+            f"calibration error {corrected['ece']:.3f} instead of {own['ece']:.3f}, LPPD "
+            f"{corrected['lppd']:.3f} instead of {own['lppd']:.3f}"
+        )
+    return f"{found['said']}: {changed}"
 
 
 def _score(name: str, value: float) -> str:

@@ -39,7 +39,7 @@ MAY_IMPORT = {
     "symmetry": {"symmetry", "models", "trees"},
     "predictive": {"likelihoods", "trees", "placement", "keys"},
     "pooling": set(),
-    "recalibration": {"prediction"},
+    "recalibration": {"data", "prediction", "predictive"},
     "mixture": {"predictive", "likelihoods", "placement", "keys"},
     "convergence": set(),
     "modes": set(),
@@ -60,6 +60,7 @@ MAY_IMPORT = {
         "health",
         "live",
         "store",
+        "summary",
         "targets",
     },
 }

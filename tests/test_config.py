@@ -78,7 +78,7 @@ def test_every_mistake_is_reported_at_once():
         (
             {"zzz": 1},
             "zzz: unknown key; known: data, model, likelihood, prior, ensemble, sampler, stop, "
-            "pool, run",
+            "pool, calibration, run",
         ),
         ({"float": 1}, "float: unknown key; known: data, model, likelihood, prior, ensemble, "),
         ({"model": {"str": 1}}, "model.str: unknown key; known: hidden, activation, skip, network"),

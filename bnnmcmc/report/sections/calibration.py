@@ -1,5 +1,7 @@
 """Whether probabilities and intervals mean what they say."""
 
+from typing import Any
+
 import numpy as np
 from scipy.stats import binom
 
@@ -10,6 +12,7 @@ from bnnmcmc.report.folder import RunFolder
 from bnnmcmc.report.parts import Cell, Column, Explanation, Section, Sentence, Table
 from bnnmcmc.report.sections.predictions import MAX_TARGETS, UNLIKELY, target_names
 from bnnmcmc.report.text import number, percent, plural
+from bnnmcmc.summary import say_calibration
 
 # More classes than this: the confusion table shows the pairs most often confused.
 MAX_CLASSES = 12
@@ -35,6 +38,13 @@ RELIABILITY = Explanation(
     "Of the rows whose predicted class has probability p, the share p should be right.",
     source="Murphy (1973), J. Applied Meteorology 12; Guo et al. (2017), arXiv 1706.04599",
 )
+CORRECTION = Explanation(
+    "Correction",
+    "Intervals or class probabilities fitted on held-out rows, on top of the posterior: for rows "
+    "like these, conformal intervals cover at least their level, on average, whatever the model.",
+    "split: m ± Q s; cqr: [l − Q, u + Q]; temperature: p^(1/T) / Σ p^(1/T)",
+    "Lei et al. (2018), JASA 113; Romano et al. (2019), arXiv 1905.03222; Guo et al. (2017)",
+)
 CONFUSION = Explanation(
     "Confusion",
     "Rows of the table are the classes observed, columns those predicted; the diagonal is right.",
@@ -52,6 +62,11 @@ def section(run: RunFolder) -> Section | None:
     if "posterior" in test and figures.coverage_levels(test["posterior"]) and rows:
         plots.append(figures.coverage(test, rows))
         explained.append(COVERAGE)
+    corrected = (run.metrics or {}).get("calibrated")
+    if corrected:
+        tables.append(correction_table(corrected))
+        takeaways.append(Sentence("info", f"Corrected by {say_calibration(corrected)}."))
+        explained.append(CORRECTION)
     if found is not None and "pit" in found:
         for k, name in enumerate(target_names(run)[:MAX_TARGETS]):
             plots.append(pit_histogram(name, found["pit"][:, k]))
@@ -73,6 +88,21 @@ def section(run: RunFolder) -> Section | None:
         tables=tables,
         explained=explained,
     )
+
+
+def correction_table(found: dict[str, Any]) -> Table:
+    """Return what a correction changed, score by score."""
+    own, corrected = found["posterior"], found["corrected"]
+    rows = [
+        [
+            Cell(name.replace("_", " ")),
+            *(Cell(number(part[name]), str(part[name])) for part in (own, corrected)),
+        ]
+        for name in own
+    ]
+    columns = [Column("on the test rows", text=True), Column("posterior"), Column("corrected")]
+    note = "Widths in target units, means over rows and targets." if "width_90" in own else ""
+    return Table(columns, rows, title="Corrected on held-out rows", note=note, headed=True)
 
 
 def pit_histogram(target: str, pit: np.ndarray, bins: int = 10) -> Plot:
