@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from bnnmcmc.errors import UnseenWarning as UnseenWarning
     from bnnmcmc.estimators import BNNClassifier as BNNClassifier
     from bnnmcmc.estimators import BNNRegressor as BNNRegressor
+    from bnnmcmc.exported import export as export
     from bnnmcmc.likelihoods import Likelihood as Likelihood
     from bnnmcmc.likelihoods import bernoulli as bernoulli
     from bnnmcmc.likelihoods import beta as beta
@@ -115,6 +116,7 @@ _HOMES = {
     "hmc": "samplers.hmc.hmc",
     "independent_prior": "priors.independent",
     "laplace": "likelihoods.laplace",
+    "export": "exported.export",
     "load": "predictor.load",
     "make_optimiser": "ensemble.make_optimiser",
     "mams": "samplers.mams.mams",

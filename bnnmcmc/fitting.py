@@ -8,7 +8,7 @@ the same model and shapes.
 import json
 import time
 from dataclasses import dataclass, field, replace
-from functools import cached_property, lru_cache, partial
+from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
 import jax
@@ -16,6 +16,7 @@ import numpy as np
 from rich.console import Console
 
 from bnnmcmc import build, health, preflight, progress, trees
+from bnnmcmc.ahead import Ahead
 from bnnmcmc.config import Config, with_placement
 from bnnmcmc.data import Dataset, Encoding
 from bnnmcmc.ensemble import (
@@ -169,16 +170,17 @@ def fit(
     chunked = replace(posterior, row_chunk=placement.row_chunk)
     preflight.check_memory(preflight.need(config, dataset, chunked, placement), placement)
     config = with_placement(config, build.chosen_fields(config, dataset, placement))
-    ensemble, notes = _train(config, dataset, weights, placement, deadline, console)
     data = _sampling_data(config, dataset, weights, posterior, placement)
-    members = chain_starts(posterior, ensemble.positions)
-    check_finite(posterior, members, *data[:2])
     sampler = config.sampler
     steps = Steps(sampler.warmup, sampler.draws, sampler.thin)
+    _sampler(config, dataset.encoding, placement, steps, data)  # compiles while members train
+    ensemble, notes = _train(config, dataset, weights, placement, deadline, console)
+    members = chain_starts(posterior, ensemble.positions)
+    check_finite(posterior, members, *data[:2])
     steps, carry, warmup_stats, more = _warm_up(
         config, dataset, steps, members, data, placement, deadline, console
     )
-    program = _program(config, dataset.encoding, placement, steps)
+    program = _sampler(config, dataset.encoding, placement, steps, data).program
     carry, blocks, stopped = _draw(
         program, config.run.seed, carry, data, 0, steps, None, deadline, console
     )
@@ -331,23 +333,23 @@ def _train(config, dataset, weights, placement, deadline, console):
 
 def _warm_up(config, dataset, steps, starts, data, placement, deadline, console, planned=False):
     """Return the steps as they were made, the carry for sampling, statistics, notes."""
-    program = _program(config, dataset.encoding, placement, steps)
+    ahead = _sampler(config, dataset.encoding, placement, steps, data)
+    program = ahead.program
     seed, thin = config.run.seed, program.warmup.thin
     carry = start_chains(program, trees.flatten_stacked(starts), seed, data)
     stop_at = _share(deadline, PLANNED_SHARE if planned else WARMUP_SHARE)
     # As in the pipeline: a warm-up with a schedule is of use only when it is complete.
     may_plan = deadline is not None and not program.kernel.exact and not planned
     blocks: list[Block] = []
-    measured_steps, measured_seconds, cold, plan = 0, 0.0, 0.0, None
+    measured_steps, measured_seconds, plan = 0, 0.0, None
     with progress.stage(console, "Warm-up", steps.warmup, "steps") as update:
         for block in run_blocks(program, "warmup", carry, seed, data):
             carry = block.carry
             blocks.append(block._replace(carry=None))
             done = min((block.start + block.count) * thin, steps.warmup)
             update(done, "")
-            if len(blocks) == 1:
-                cold = block.seconds  # holds the compilation, if there was one
-            elif may_plan and deadline is not None:
+            # The first block may have waited for its compilation.
+            if len(blocks) > 1 and may_plan and deadline is not None:
                 measured_steps += block.count * thin
                 measured_seconds += block.seconds
                 if measured_seconds >= CALIBRATION_SECONDS:
@@ -360,7 +362,7 @@ def _warm_up(config, dataset, steps, starts, data, placement, deadline, console,
                         each,
                         done,
                         left,
-                        partial(float, 2 * cold),
+                        ahead.cold_seconds,
                     )
                     if plan is not None:
                         update(done, "planned anew for the time budget", finished=True)
@@ -492,6 +494,22 @@ def _built_training(
         max_epochs=ensemble.max_epochs,
         patience=ensemble.patience,
     )
+
+
+def _sampler(
+    config: Config, encoding: Encoding, placement: Placement, steps: Steps, data: tuple
+) -> Ahead:
+    """Return the sampler, whose compilation begins with the first call."""
+    described = _described(config, encoding, "model", "likelihood", "prior", "sampler")
+    shapes = (jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding) for a in data)
+    return _built_sampler(described, placement, steps, tuple(shapes))
+
+
+@lru_cache(maxsize=32)
+def _built_sampler(
+    described: _Described, placement: Placement, steps: Steps, shapes: tuple
+) -> Ahead:
+    return Ahead(_built_program(described, placement, steps), shapes)
 
 
 def _program(config: Config, encoding: Encoding, placement: Placement, steps: Steps) -> Program:
