@@ -131,6 +131,8 @@ class Run:
         Corrects intervals or class probabilities of predictions (`calibrated`).
     described : dict, optional
         The config's [model] and [likelihood], by which `save` describes the network.
+    sampled : tuple of bool, optional
+        Which leaves of a position were sampled (`trees.chosen_leaves`); all if not given.
 
     Examples
     --------
@@ -158,6 +160,7 @@ class Run:
     pool_size: int = 0
     correction: Conformal | Temperature | None = None
     described: dict[str, Any] | None = None
+    sampled: tuple[bool, ...] | None = None
 
     @property
     def encoding(self) -> Encoding | None:
@@ -356,6 +359,7 @@ class Run:
             config.pool.weights,
             pool_size=config.pool.draws,
             described=describe(config),
+            sampled=trees.chosen_leaves(config.sampler.leaves, of),
         )
 
     def __repr__(self) -> str:
@@ -835,6 +839,7 @@ def sample(
         target=until or NO_TARGET,
         checks=() if checks is None else tuple(checks.history),
         stopped=stopped,
+        sampled=trees.chosen_leaves(options.get("leaves", ()), draws.layout),
     )
 
 

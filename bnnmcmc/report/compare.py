@@ -99,7 +99,7 @@ def scores(comparison: Comparison) -> Section:
         columns += [
             Column(label, f"with its standard error over test rows; {better} is better"),
             Column("less the best", f"{label} less the best run's, with its standard error"),
-            Column("against it", "best, a tie with the best, or worse", text=True),
+            Column("standing", "best, a tie with the best, or worse", text=True),
         ]
     rows = []
     for i, candidate in enumerate(comparison.candidates):
