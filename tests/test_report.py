@@ -13,6 +13,7 @@ from scipy.special import xlogy
 from scipy.stats import norm
 
 from bnnmcmc.errors import InputError
+from bnnmcmc.predictive_checks import check_classes, check_numbers
 from bnnmcmc.report import figures
 from bnnmcmc.report.folder import read_run
 from bnnmcmc.report.page import write_report
@@ -117,6 +118,7 @@ def make_run(
     if reached >= 4:
         manifest["seconds"]["results"] = 3.3
         write_diagnostics(folder, rng, words, draws)
+        write_checks(folder, rng, rows, targets, classes)
         results = write_regression if task == "regression" else write_classification
         results(folder, rng, rows, targets if task == "regression" else classes, chains)
     write_json(folder / "manifest.json", manifest)
@@ -181,6 +183,19 @@ def write_diagnostics(folder, rng, words, draws):
             ],
         },
     )
+
+
+def write_checks(folder, rng, rows, targets, classes=None):
+    about = {"rows": rows, "of": "test", "posterior_sets": 200, "prior_sets": 100}
+    about |= {"prior_missing": "", "prior_of_some": False}
+    if classes:
+        y, sets, prior = (rng.binomial(1, 0.4, (n, rows)) for n in (1, 200, 100))
+        found = check_classes(y[0], sets.astype(float), prior.astype(float), classes)
+    else:
+        size = (rows, len(targets))
+        y, sets = 150 + 75 * rng.normal(size=size), 150 + 75 * rng.normal(size=(200, *size))
+        found = check_numbers(y, sets, 300 * rng.normal(size=(100, *size)), list(targets))
+    write_json(folder / "predictive_checks.json", {**about, **found})
 
 
 def write_metrics(folder, test, units, rows, chains):
@@ -391,7 +406,7 @@ def test_long_traces_are_drawn_thinly(monkeypatch):
 
 
 def test_figures_have_takeaway_and_alt(page, finished):
-    assert page.tags.count("figure") == page.tags.count("figcaption") == 8
+    assert page.tags.count("figure") == page.tags.count("figcaption") == 10
     captions = page.figure_captions()
     assert len(captions) == 8
     assert all(len(caption) > 40 for caption in captions)

@@ -41,7 +41,14 @@ RUNS = {
     "thousand": {"chains": 1000, "draws": 12, "planned": 12},
 }
 EARLY = {"Chains", "Training", "Warm-up", "Data and split", "Model, prior, sampler", "Environment"}
-LATE = {"Scores on held-out data", "Calibration", "Uncertainty", "Modes", "Time and memory"}
+LATE = {
+    "Prior and posterior predictive checks",
+    "Scores on held-out data",
+    "Calibration",
+    "Uncertainty",
+    "Modes",
+    "Time and memory",
+}
 PAPER = (718, 1000)  # A4 less 1 cm on each side, in CSS pixels
 
 
@@ -314,4 +321,4 @@ def test_hostile_names_do_nothing(browser, tmp_path):
 
 def test_every_section_of_the_page_is_known():
     # A section that is added is looked for in the browser too.
-    assert len(SECTIONS) == 14
+    assert len(SECTIONS) == 15
