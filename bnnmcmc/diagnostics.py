@@ -754,11 +754,11 @@ def _say_ess(summary) -> str:
     total, worth = going * summary["draws"], summary["ess_function_total_median"]
     if np.isnan(worth):
         return (
-            f"What the {total} draws are worth cannot be estimated: it needs at least "
+            f"What the {total:,} draws are worth cannot be estimated: it needs at least "
             f"{MIN_ESS_DRAWS} finite draws per chain that change."
         )
     return (
-        f"For a typical held-out prediction the {total} draws are worth about {worth:.0f} "
+        f"For a typical held-out prediction the {total:,} draws are worth about {worth:,.0f} "
         "independent ones, each chain within its own mode."
     )
 

@@ -116,6 +116,16 @@ def diagnose(run: Run) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         statuses=list(run.status),
         stopped=run.stopped,
     )
+    if held_out.log_density is not None:
+        # Of its own draws alone; a number to look at, by which no chain is left out.
+        with np.errstate(invalid="ignore", over="ignore"):
+            pooled = np.logaddexp.reduce(held_out.log_density.astype(np.float64), axis=1)
+            own = (pooled - np.log(held_out.log_density.shape[1])).mean(axis=-1)
+        table = [
+            {**{k: v for k, v in row.items() if k != "sentence"}, "lppd": float(value)}
+            | {"sentence": row["sentence"]}
+            for row, value in zip(table, own, strict=True)
+        ]
     summary = diagnostics.run_summary(functions, stats["log_density"], table)
     stopped = summary["chains_stopped"]
     superchains = None

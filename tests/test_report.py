@@ -163,6 +163,7 @@ def write_diagnostics(folder, rng, words, draws):
             "rhat_function_median": round(1 + rng.gamma(2, 0.01), 4),
             "rhat_function_max": round(1.02 + rng.gamma(2, 0.05), 4),
             "rhat_weights_max": round(1.2 + rng.gamma(2, 0.3), 4),
+            "lppd": round(-1.1 + rng.normal(0, 0.1), 4),
             "rhat_log_density": round(1 + rng.gamma(2, 0.05), 4),
         }
         for chain, (word, sentence) in enumerate(words)
@@ -408,7 +409,7 @@ def test_long_traces_are_drawn_thinly(monkeypatch):
 def test_figures_have_takeaway_and_alt(page, finished):
     assert page.tags.count("figure") == page.tags.count("figcaption") == 10
     captions = page.figure_captions()
-    assert len(captions) == 8
+    assert len(captions) == 10
     assert all(len(caption) > 40 for caption in captions)
     found = np.load(finished / "predictions.npz")
     low, high = found["quantiles"][1, :, 0], found["quantiles"][7, :, 0]
@@ -540,7 +541,7 @@ def test_broken_files_are_named(tmp_path):
     assert "metrics.json (scores; damaged" in page.text
     assert "diagnostics.csv (diagnostics per chain; damaged" in page.text
     assert "ensemble/history.npz does not hold what it should" in page.text
-    assert page.tags.count("figure") == 2
+    assert page.tags.count("figure") == 4
 
 
 def test_not_a_run_folder(tmp_path):
@@ -590,7 +591,7 @@ def test_what_is_not_finite_is_said_and_drawn_around(tmp_path):
     page = read(folder)
     assert "2 members never had a finite loss." in page.text
     assert "2 chains with a step size that is not finite (0, 1), left out of the bands" in page.text
-    assert page.tags.count("figure") == 8
+    assert page.tags.count("figure") == 10
 
 
 def test_no_warmup_is_nothing_missing(tmp_path):
@@ -609,7 +610,7 @@ def test_no_test_rows_is_nothing_missing(tmp_path):
     (folder / "predictions.npz").unlink()
     page = read(folder)
     assert "Missing" not in page.text
-    assert page.tags.count("figure") == 3
+    assert page.tags.count("figure") == 5
 
 
 def test_warmup_cut_short_keeps_its_scale(tmp_path):

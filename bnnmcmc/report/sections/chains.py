@@ -62,6 +62,11 @@ COLUMNS = {
         "needed for good predictions",
     ),
     "rhat_log_density": ("R-hat log-density", "chain-wise R-hat of the log-density"),
+    "lppd": (
+        "LPPD",
+        "log predictive density of at most 50 test rows, pooled over the chain's own draws, nats per "
+        "row of the standardised target; no chain is left out by it",
+    ),
     "sentence": ("what happened", "the chain's status in words"),
 }
 
@@ -240,6 +245,7 @@ def _chain_cell(name: str, value: Any) -> Cell:
 # Digits after the point of the columns whose names begin so; the first that fits.
 DECIMALS = {
     "rhat_": 3,
+    "lppd": 3,
     "ess_per_gradient": 4,
     "ess_": 0,
     "log_density_drift": 2,
