@@ -28,6 +28,7 @@ from bnnmcmc.data import (
     load_dataset,
     target_to_units,
 )
+from bnnmcmc.diagnostics import Diagnostics
 from bnnmcmc.errors import InputError
 from bnnmcmc.mixture import Mixture
 from bnnmcmc.pooling import Weighting, chain_weights
@@ -387,6 +388,20 @@ class Run:
             found = json.loads((self.folder / "diagnostics.json").read_text())
             said = (found.get("verdict") or [""])[0]
         return html_table("Run", ("", ""), rows, said)
+
+    def diagnose(self) -> Diagnostics:
+        """Diagnose the draws: chain by chain, over chains, and what modes they found.
+
+        Nothing is written; ``bnnmcmc diagnose`` writes it to the run folder.
+
+        Returns
+        -------
+        Diagnostics
+            ``chains``, a row each, and ``summary`` with the verdict.
+        """
+        from bnnmcmc.results import diagnose
+
+        return Diagnostics(*diagnose(self))
 
     def report(self) -> Path:
         """Write the report of a run folder, ``report.html``.

@@ -48,9 +48,9 @@ MAY_IMPORT = {
     "running": set(),
     "exploration": {"diagnostics", "modes", "running", "symmetry"},
     "verdict": {"modes"},
-    "diagnostics": {"convergence", "store", "metrics", "symmetry", "health", "trees"},
+    "diagnostics": {"notebook", "convergence", "store", "metrics", "symmetry", "health", "trees"},
     "targets": {"diagnostics"},
-    "comparison": {"metrics", "store"},
+    "comparison": {"metrics", "notebook", "store"},
     "live": {"store"},
     "notebook": set(),
     "report": {

@@ -1,6 +1,7 @@
 import base64
 import csv
 import json
+import math
 import re
 import subprocess
 import sys
@@ -542,6 +543,44 @@ def test_broken_files_are_named(tmp_path):
     assert "diagnostics.csv (diagnostics per chain; damaged" in page.text
     assert "ensemble/history.npz does not hold what it should" in page.text
     assert page.tags.count("figure") == 4
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("metrics.json", {"test": [1, 2], "rows": 9}),
+        ("metrics.json", {"test": {"posterior": {"lppd": "low", "coverage_90": None}}}),
+        ("diagnostics.json", {"verdict": [3], "ess_function_total_median": "many"}),
+        ("predictive_checks.json", {"targets": 3}),
+    ],
+)
+def test_a_broken_file_costs_its_own_part_only(tmp_path, file, content):
+    folder = make_run(tmp_path / "run")
+    whole = read(folder)
+    write_json(folder / file, content)
+    page = read(folder)
+    assert f"{file} does not hold what it should" in page.text
+    kept = ["All 4 chains are ok.", "Chains ok", "Posterior draws", "Environment", "Training"]
+    if file != "metrics.json":
+        kept += ["Test LPPD", "Scores on held-out data", "intervals cover what they promise"]
+    if file != "diagnostics.json":
+        kept += ["They are worth", "The chains agree on the predictions"]
+    for text in kept:
+        assert text in whole.text
+        assert text in page.text
+
+
+def test_the_posterior_s_scores_come_with_their_errors(tmp_path):
+    folder = make_run(tmp_path / "run")
+    assert "±" not in "".join(read(folder).row("CRPS"))
+    errors = {"lppd": 0.0713, "rmse": 0.0352, "crps": math.nan, "coverage_90": 0.0312}
+    change(folder / "metrics.json", standard_errors={"standardised": errors, "target": {}})
+    page = read(folder)
+    assert page.row("LPPD")[1:] == ["−1.321", "−1.130", "−1.052 ± 0.071"]
+    assert page.row("RMSE")[3] == "0.7034 ± 0.0352"
+    assert page.row("CRPS")[3] == "0.3869"
+    assert page.row("90 %")[3] == "90.0 % ± 3.1"
+    assert "the posterior's standard error" in page.text
 
 
 def test_not_a_run_folder(tmp_path):

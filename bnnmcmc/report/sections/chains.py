@@ -64,8 +64,8 @@ COLUMNS = {
     "rhat_log_density": ("R-hat log-density", "chain-wise R-hat of the log-density"),
     "lppd": (
         "LPPD",
-        "log predictive density of at most 50 test rows, pooled over the chain's own draws, nats per "
-        "row of the standardised target; no chain is left out by it",
+        "log predictive density of at most 50 test rows, pooled over the chain's own draws, nats "
+        "per row of the standardised target; no chain is left out by it",
     ),
     "sentence": ("what happened", "the chain's status in words"),
 }
