@@ -349,8 +349,8 @@ def page(finished):
 def test_verdict_compares_the_posterior(page):
     assert "scores an LPPD of −1.052 on 89 test rows" in page.text
     assert page.marks[:3] == ["mark good"] * 3
-    assert "0.0781 nats per row better than the deep ensemble" in page.text
-    assert "0.2693 nats per row better than the best member" in page.text
+    assert "0.078 nats per row better than the deep ensemble" in page.text
+    assert "0.269 nats per row better than the best member" in page.text
     assert "50 / 80 / 90 / 95 % intervals cover 49.0 / 80.0 / 90.0 / 95.5 %" in page.text
     assert "cover what they promise" in page.text
     assert "All 4 chains are ok. The scores pool all 4 chains." in page.text
@@ -453,9 +453,9 @@ def test_same_folder_same_bytes(finished, page):
 
 def test_classification(tmp_path):
     page = read(make_run(tmp_path / "run", task="classification", name="breast_cancer"))
-    assert "0.03 nats per row worse than the deep ensemble" in page.text
+    assert "0.030 nats per row worse than the deep ensemble" in page.text
     assert page.marks[0].endswith("bad")
-    assert "0.06 nats per row better than the best member" in page.text
+    assert "0.060 nats per row better than the best member" in page.text
     assert page.row("Accuracy") == ["Accuracy ↑ higher is better", "0.9300", "0.9300", "0.9300"]
     assert "expected calibration error of the posterior is 4.0 %" in page.text
     assert "Reliability" in page.text

@@ -402,7 +402,7 @@ def _compared(
     for i, (label, d) in enumerate(differences.items()):
         if math.isfinite(d) and d != 0:
             word = "better" if d > 0 else "worse"
-            text = f"{number(abs(round(d, 4)))} nats per row {word} than {label}"
+            text = f"{abs(d):.{3 if abs(d) >= 0.01 else 4}f} nats per row {word} than {label}"
         else:
             text = f"{'level with' if d == 0 else 'not comparable with'} {label}"
         unsure = len(leads) == len(differences) and leads[i].level == "note"

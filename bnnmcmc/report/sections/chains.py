@@ -260,4 +260,6 @@ def _diagnostic(name: str, value: Any) -> str:
         for start, decimals in DECIMALS.items():
             if name.startswith(start):
                 return f"{value:,.{decimals}f}".replace("-", "−")
+        if name in ("energy_error", "step_size") and 1e-4 <= abs(value) < 1e3:
+            return f"{value:#.3g}".removesuffix(".")
     return number(value)
