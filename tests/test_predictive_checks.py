@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from conftest import TINY, write_tiny
 from scipy.stats import gamma, halfnorm, kstest, norm
+from test_report import make_run
 
 import bnnmcmc
 from bnnmcmc import trees
@@ -24,7 +25,9 @@ from bnnmcmc.predictive_checks import (
     unusual,
 )
 from bnnmcmc.replicates import from_posterior, prior_draws
+from bnnmcmc.report.page import write_report
 from bnnmcmc.report.sections.predictive_checks import allowed, allowed_classes, predicted
+from bnnmcmc.store import write_json
 
 NOISE = 0.5
 # y = x w + noise of a known size: everything is known in closed form.
@@ -266,13 +269,34 @@ def test_parameters_that_are_not_sampled_stay_as_they_are():
     assert (trees.part(drawn, of, chosen) != 7).all()
 
 
-def checks_of(folder):
+def test_a_page_without_a_prior_and_with_several_targets(tmp_path):
+    folder = make_run(tmp_path / "run", targets=("first", "<b>second"))
+    page = write_report(folder).read_text()
+    section = page[page.index('id="predictive-checks"') :].partition("</section>")[0]
+    assert section.count("<svg") == 4
+    assert "first: The prior puts 90 % of targets between" in section
+    assert "<b>second" not in section
+    rng = np.random.default_rng(0)
+    y, sets = rng.normal(size=(30, 2)), rng.normal(size=(90, 30, 2))
+    found = check_numbers(y, sets, None, ["first", "second"])
+    about = wrapped(found, 30, of="sampled on", missing="prior: its log-density alone")
+    about |= {"prior_sets": 0, "prior_of_some": False}
+    write_json(folder / "predictive_checks.json", about)
+    page = write_report(folder).read_text()
+    section = page[page.index('id="predictive-checks"') :].partition("</section>")[0]
+    assert "What the prior predicts is not known: prior: its log-density alone." in section
+    assert section.count("<svg") == 2
+    assert "prior: 5 %" not in section
+    assert "rows that the posterior conditions on" in section
+
+
+def checks_of(folder, of="test"):
     """Return what a run has written, with what all runs have in common checked."""
     found = json.loads((folder / "predictive_checks.json").read_text())
     run = bnnmcmc.Run.open(folder)
-    assert found["of"] == "test"
+    assert found["of"] == of
     assert found["prior_missing"] == ""
-    assert found["rows"] == len(run.dataset.test)
+    assert found["rows"] == len(run.dataset.test if of == "test" else run.x)
     page = (folder / "report.html").read_text()
     assert "Prior and posterior predictive checks" in page
     assert ("Parameters that are not sampled" in page) == found["prior_of_some"]
@@ -288,12 +312,13 @@ def test_a_run_writes_its_checks(finished):
     assert target["prior_range"]["high"] > target["prior_range"]["low"]
 
 
-def test_a_run_of_which_only_some_parameters_are_sampled(tmp_path, here):
+def test_a_run_without_test_rows_of_which_only_some_parameters_are_sampled(tmp_path, here):
     text = TINY.replace("draws = 40", 'draws = 40\nleaves = ["layer1"]')
+    text = text.replace("[model]", "[data.split]\ntest = 0.0\n\n[model]")
     folder = write_tiny(tmp_path, text=text)
     code, _, err = here("run", "tiny.toml", "--out", "run", "--quiet", cwd=folder)
     assert code == 0, err
-    assert checks_of(folder / "run")[1]["prior_of_some"]
+    assert checks_of(folder / "run", of="sampled on")[1]["prior_of_some"]
 
 
 def test_a_run_with_classes_a_hierarchical_prior_and_weighted_chains(tmp_path, here):

@@ -141,8 +141,9 @@ def test_a_click_on_a_heading_sorts(browser, report, name):
         assert tables or name in ("interrupted", "compare")
         for table in tables:
             heads = table.locator("thead th").all()
-            # All columns of one run; of the others a few.
-            for i in range(len(heads)) if name == "regression" else (0, 1, len(heads) - 1):
+            # All columns of the table of chains of one run; of the others a few.
+            whole = name == "regression" and len(heads) > 10
+            for i in range(len(heads)) if whole else (0, 1, len(heads) - 1):
                 before = column_of(table, i)
                 heads[i].locator("button").click()
                 up = column_of(table, i)
