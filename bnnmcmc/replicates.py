@@ -11,9 +11,10 @@ import numpy as np
 from bnnmcmc import trees
 from bnnmcmc.errors import InputError
 from bnnmcmc.keys import stage_key
-from bnnmcmc.placement import QUICK
 from bnnmcmc.predictive import BATCH, Draws, Pooled, data_sets, thinned_to
 
+# What runs once, for milliseconds, is not worth a second of compiling.
+COMPILER_OPTIONS = {"xla_backend_optimization_level": 0}
 # Data sets of each kind at the most, and calls for those of the prior.
 SETS, MAX_CALLS = 1000, 20
 # Numbers in the positions drawn from a prior, unless that were less than LEAST_SETS of them.
@@ -97,7 +98,7 @@ def _sampler(posterior) -> Any:
         }
         return jnp.concatenate([jnp.ravel(leaf) for leaf in jax.tree.leaves(position)])
 
-    return jax.jit(jax.vmap(one, in_axes=(None, 0)), compiler_options=QUICK)
+    return jax.jit(jax.vmap(one, in_axes=(None, 0)), compiler_options=COMPILER_OPTIONS)
 
 
 def from_prior(run, draws: Draws, x, y) -> np.ndarray:

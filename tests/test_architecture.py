@@ -39,7 +39,7 @@ MAY_IMPORT = {
     "symmetry": {"symmetry", "models", "trees"},
     "predictive": {"likelihoods", "trees", "placement", "keys"},
     "predictive_checks": set(),
-    "replicates": {"predictive", "placement", "keys", "trees"},
+    "replicates": {"predictive", "keys", "trees"},
     "pooling": set(),
     "recalibration": {"prediction"},
     "mixture": {"predictive", "likelihoods", "placement", "keys"},
