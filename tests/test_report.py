@@ -576,10 +576,10 @@ def test_the_posterior_s_scores_come_with_their_errors(tmp_path):
     errors = {"lppd": 0.0713, "rmse": 0.0352, "crps": math.nan, "coverage_90": 0.0312}
     change(folder / "metrics.json", standard_errors={"standardised": errors, "target": {}})
     page = read(folder)
-    assert page.row("LPPD")[1:] == ["−1.321", "−1.130", "−1.052 ± 0.071"]
-    assert page.row("RMSE")[3] == "0.7034 ± 0.0352"
+    assert page.row("LPPD")[1:] == ["−1.321", "−1.130", "−1.052 ±\N{NO-BREAK SPACE}0.071"]
+    assert page.row("RMSE")[3] == "0.7034 ±\N{NO-BREAK SPACE}0.0352"
     assert page.row("CRPS")[3] == "0.3869"
-    assert page.row("90 %")[3] == "90.0 % ± 3.1"
+    assert page.row("90 %")[3] == "90.0 % ±\N{NO-BREAK SPACE}3.1"
     assert "the posterior's standard error" in page.text
 
 

@@ -259,7 +259,8 @@ def _diagnostic(name: str, value: Any) -> str:
     if isinstance(value, int | float) and math.isfinite(value) and abs(value) < 1e6:
         for start, decimals in DECIMALS.items():
             if name.startswith(start):
-                return f"{value:,.{decimals}f}".replace("-", "−")
+                # What is rounded to nothing has no sign.
+                return f"{round(value, decimals) + 0.0:,.{decimals}f}".replace("-", "−")
         if name in ("energy_error", "step_size") and 1e-4 <= abs(value) < 1e3:
             return f"{value:#.3g}".removesuffix(".")
     return number(value)

@@ -153,7 +153,8 @@ def _row(name: str, scores: dict[str, dict[str, float]], error: float) -> list[C
     for model, value, loss in zip(MODELS, values, losses, strict=True):
         text = write(value)
         if model == "posterior" and value is not None and math.isfinite(value + error):
-            text = f"{text} ± {_as_error(write, error)}"
+            # The space after the sign does not break.
+            text = f"{text} ±\N{NO-BREAK SPACE}{_as_error(write, error)}"
         cells.append(Cell(text, classes="best" if math.isfinite(best) and loss == best else ""))
     return [Cell(f"{label} {direction}".strip()), *cells]
 
