@@ -127,6 +127,22 @@ class Comparison:
         """Whether all runs have the same test rows."""
         return len(self.groups) == 1
 
+    def _repr_html_(self) -> str:
+        """Show the scores, with what is best and what is a tie, in a notebook."""
+        from bnnmcmc.notebook import MAX_ROWS, html_table, paragraphs
+
+        heads = ["run", *(SCORES[name][0] for name in self.results), "ESS", "R-hat", "seconds"]
+        rows = []
+        for i, candidate in enumerate(self.candidates[:MAX_ROWS]):
+            cells = [_shown(results[i], markup=False) for results in self.results.values()]
+            found = candidate.convergence
+            ends = (found["ess"], found["rhat"], candidate.seconds)
+            rows.append([candidate.label, *cells, *map(_few_digits, ends)])
+        more = ""
+        if len(rows) < len(self.candidates):
+            more = f"The first {len(rows)} of {len(self.candidates)} runs."
+        return html_table("Runs side by side", heads, rows, more) + paragraphs(say(self))
+
 
 def compare(folders: Sequence[Path]) -> Comparison:
     """Compare the scores of runs on their test rows.
@@ -506,12 +522,12 @@ def print_comparison(console: Console, comparison: Comparison) -> None:
         console.print(f"[yellow]left out[/]  {escape(reason)}", highlight=False)
 
 
-def _shown(result: Result) -> str:
+def _shown(result: Result, markup: bool = True) -> str:
     if not result.mark:
         return f"{result.value:.4g}"
     text = f"{result.value:.4g} ± {result.error:.2g}"
     if result.mark == "best":
-        return f"[bold]{text}[/]"
+        return f"[bold]{text}[/]" if markup else f"{text} (best)"
     unpaired = "" if result.paired else " unpaired"
     tied = " =" if result.mark == "tie" else ""
     return f"{text} ({result.difference:+.2g} ± {result.difference_error:.1g}{unpaired}){tied}"

@@ -16,7 +16,7 @@ import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -26,6 +26,7 @@ from bnnmcmc.errors import InputError
 from bnnmcmc.store import disk_errors, write_atomic
 
 if TYPE_CHECKING:
+    import pandas
     import xarray
 
     from bnnmcmc.health import ChainStatus
@@ -47,6 +48,20 @@ TAILS = (0.05, 0.95)
 # ArviZ's names for statistics that it knows; others keep ours.
 ARVIZ_NAMES = {"log_density": "lp", "gradients": "n_steps"}
 TEXT_COLUMNS = ("status", "sentence")
+# Columns of the table of chains that a notebook shows, and their headings.
+SHOWN = {
+    "chain": "chain",
+    "status": "status",
+    "rhat_function_median": "R-hat (predictions)",
+    "rhat_function_max": "largest",
+    "rhat_log_density": "R-hat (log-density)",
+    "ess_function_median": "ESS (predictions)",
+    "ess_function_min": "smallest",
+    "divergences": "divergences",
+    "step_size": "step size",
+    "lppd": "LPPD",
+    "sentence": "what happened",
+}
 
 
 def to_datatree(
@@ -177,6 +192,46 @@ def _attribute(value: Any) -> str | int | float:
     if isinstance(value, str | int | float) and not isinstance(value, bool):
         return value
     return json.dumps(value, default=str)
+
+
+class Diagnostics(NamedTuple):
+    """What a run's chains did, chain by chain and together; shows itself in a notebook.
+
+    Parameters
+    ----------
+    chains : list of dict
+        A row per chain (see `chain_table`).
+    summary : dict
+        Of the run as a whole (see `run_summary`), with the "verdict" in sentences.
+    """
+
+    chains: list[dict[str, Any]]
+    summary: dict[str, Any]
+
+    def to_frame(self) -> "pandas.DataFrame":
+        """Return the table of chains."""
+        import pandas
+
+        return pandas.DataFrame(self.chains)
+
+    def _repr_html_(self) -> str:
+        """Show the verdict and the chains, those with a problem first."""
+        from bnnmcmc.notebook import MAX_ROWS, html_table, paragraphs
+
+        def badness(row):
+            worst = row.get("rhat_function_median")
+            worst = row.get("rhat_log_density") if worst is None else worst
+            unknown = worst is None or np.isnan(worst)
+            return row["status"] == "ok", -np.inf if unknown else -worst
+
+        shown = sorted(self.chains, key=badness)[:MAX_ROWS]
+        names = [n for n in SHOWN if any(row.get(n) is not None for row in shown)]
+        rows = [["–" if row.get(n) is None else row[n] for n in names] for row in shown]
+        more = ""
+        if len(self.chains) > len(shown):
+            more = f"The {len(shown)} chains to look at first, of {len(self.chains)}."
+        table = html_table("Chains", [SHOWN[n] for n in names], rows, more)
+        return paragraphs(self.summary.get("verdict") or ()) + table
 
 
 def load() -> None:
@@ -754,11 +809,11 @@ def _say_ess(summary) -> str:
     total, worth = going * summary["draws"], summary["ess_function_total_median"]
     if np.isnan(worth):
         return (
-            f"What the {total} draws are worth cannot be estimated: it needs at least "
+            f"What the {total:,} draws are worth cannot be estimated: it needs at least "
             f"{MIN_ESS_DRAWS} finite draws per chain that change."
         )
     return (
-        f"For a typical held-out prediction the {total} draws are worth about {worth:.0f} "
+        f"For a typical held-out prediction the {total:,} draws are worth about {worth:,.0f} "
         "independent ones, each chain within its own mode."
     )
 

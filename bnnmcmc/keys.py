@@ -16,6 +16,8 @@ STAGES = (
     "sampling",
     "prediction",
     "mixture",
+    "prior-draws",
+    "class-draws",
 )
 
 

@@ -48,6 +48,9 @@ class Likelihood(NamedTuple):
     support : str
         Of a numeric target: ``"real"``, whole numbers from 0 (``"count"``), or between 0 and 1
         (``"unit"``). Only a real target is standardised.
+    sample : callable, optional
+        ``sample(key) -> params``: one draw of its own parameters from their prior. Needed only to
+        draw data sets from the prior, and only if there are such parameters.
     """
 
     distribution: Callable[[Any, jax.Array], dist.Distribution]
@@ -56,6 +59,7 @@ class Likelihood(NamedTuple):
     log_prior: Callable[[Any], jax.Array]
     task: Literal["regression", "classification"]
     support: Support = "real"
+    sample: Callable[[jax.Array], Any] | None = None
 
 
 def _no_params() -> dict:
@@ -94,6 +98,7 @@ def _with_spread(
     family: Callable[[Any, jax.Array, jax.Array | float], dist.Distribution],
     init: Callable[[], dict] = _no_params,
     log_prior: Callable[[Any], jax.Array] = _no_prior,
+    sample: Callable[[jax.Array], Any] = lambda key: {},
     *,
     of_output: Callable[[jax.Array], jax.Array] = _positive,
     of_log_scale: Callable[[jax.Array], jax.Array] = jnp.exp,
@@ -102,8 +107,8 @@ def _with_spread(
 ) -> Likelihood:
     """Build a likelihood with a predicted location, and a spread as `gaussian` says of its scale.
 
-    ``family(params, location, spread)``, with ``init`` and ``log_prior`` of its further parameters;
-    ``of_output`` makes a predicted spread of an output, ``of_log_scale`` a sampled one.
+    ``family(params, location, spread)``, with ``init``, ``log_prior`` and ``sample`` of its further
+    parameters; ``of_output`` makes a predicted spread of an output, ``of_log_scale`` a sampled one.
     """
     _check_count(targets)
     _check_scale(spread, scale_prior, name)
@@ -115,7 +120,7 @@ def _with_spread(
             location, raw = (part.T for part in jnp.split(outputs.T, 2))
             return family(params, location, of_output(raw)).to_event(1)
 
-        return Likelihood(predicted, 2 * targets, init, log_prior, "regression", support)
+        return Likelihood(predicted, 2 * targets, init, log_prior, "regression", support, sample)
 
     if spread == "sampled":
 
@@ -130,12 +135,19 @@ def _with_spread(
         def both_inits():
             return {"log_scale": jnp.full((targets,), jnp.log(0.5)), **init()}
 
-        return Likelihood(sampled, targets, both_inits, both_priors, "regression", support)
+        def both_samples(key):
+            own, further = jax.random.split(key)
+            half = jnp.abs(scale_prior * jax.random.normal(own, (targets,)))
+            return {"log_scale": jnp.log(half), **sample(further)}
+
+        return Likelihood(
+            sampled, targets, both_inits, both_priors, "regression", support, both_samples
+        )
 
     def known(params, outputs):
         return family(params, outputs, spread).to_event(1)
 
-    return Likelihood(known, targets, init, log_prior, "regression", support)
+    return Likelihood(known, targets, init, log_prior, "regression", support, sample)
 
 
 def gaussian(targets: int = 1, scale: Scale = "predicted", scale_prior: float = 1.0) -> Likelihood:
@@ -251,8 +263,11 @@ def student_t(
         zeta = params["log_df"]
         return (dist.Gamma(2.0, 0.1, validate_args=False).log_prob(jnp.exp(zeta)) + zeta).sum()
 
+    def sample(key):
+        return {"log_df": jnp.log(jax.random.gamma(key, 2.0, (targets,)) / 0.1)}
+
     if df == "sampled":
-        return _with_spread(targets, scale, scale_prior, family, init, log_prior)
+        return _with_spread(targets, scale, scale_prior, family, init, log_prior, sample)
     return _with_spread(targets, scale, scale_prior, family)
 
 

@@ -36,6 +36,11 @@ def html_table(caption: str, heads: Sequence[str], rows: Sequence[Sequence[Any]]
     )
 
 
+def paragraphs(sentences: Sequence[str]) -> str:
+    """Return sentences as HTML, one below the other."""
+    return "".join(f"<p>{escape(str(sentence))}</p>" for sentence in sentences)
+
+
 def _short(cell: Any) -> str:
     if isinstance(cell, float) or (type(cell).__module__ == "numpy" and cell.dtype.kind == "f"):
         return f"{float(cell):.4g}"

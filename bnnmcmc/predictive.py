@@ -251,13 +251,7 @@ def pool(
         No rows, or targets that do not fit the rows or the likelihood.
     """
     _check_rows(posterior, x, y)
-    total = draws.chains * draws.draws
-    # Every so many draws of each chain: a stride over all draws could miss whole chains.
-    every = -(-draws.draws // max(1, MAX_SAMPLES // draws.chains))
-    per_draw = -(-MIN_SAMPLES // total) if samples else 0
-    kept = draws.chains * -(-draws.draws // every) * per_draw
-    width = posterior.likelihood.num_outputs
-    chunk = max(1, CHUNK_BYTES // (8 * max(kept, BATCH) * width))
+    every, per_draw, chunk = _sizes(posterior, draws, samples)
     evaluator = _evaluator(posterior, draws.layout, per_draw, y is not None, _batch_size(draws))
     key = stage_key(seed, "prediction")
     parts = []
@@ -274,6 +268,79 @@ def pool(
         parts.append(_first_rows(found, len(rows)))
     components = Components(posterior, draws, np.asarray(x), first_row)
     return replace(_join(parts), components=components)
+
+
+def _sizes(posterior, draws: Draws, samples: bool) -> tuple[int, int, int]:
+    """Return of how many draws one is sampled from, how often, and the rows of a call of `pool`."""
+    total = draws.chains * draws.draws
+    # Every so many draws of each chain: a stride over all draws could miss whole chains.
+    every = -(-draws.draws // max(1, MAX_SAMPLES // draws.chains))
+    per_draw = -(-MIN_SAMPLES // total) if samples else 0
+    kept = draws.chains * -(-draws.draws // every) * per_draw
+    width = posterior.likelihood.num_outputs
+    return every, per_draw, max(1, CHUNK_BYTES // (8 * max(kept, BATCH) * width))
+
+
+def data_sets(posterior, draws: Draws, x, y, *, seed: int = 0, like: Draws | None = None):
+    r"""Draw a whole data set from each draw: what the model says could have been observed.
+
+    .. math:: y^\text{rep}_s \sim \prod_i p(y_i \mid x_i, \theta_s)
+
+    Parameters
+    ----------
+    posterior : Posterior
+    draws : Draws
+        Of the posterior, or of the prior.
+    x : array (rows, features)
+    y : array (rows, targets) or (rows,)
+        Observed targets; only their shape matters.
+    seed : int
+    like : Draws, optional
+        `pool` was called with these draws, and samples, on as many rows: what was compiled for it
+        is used again.
+
+    Returns
+    -------
+    numpy array (sets, rows, targets), or (sets, rows) class indices as floating-point numbers
+        In the order of `Pooled.samples`. NaN where a draw says nothing finite.
+
+    Raises
+    ------
+    InputError
+        As `pool`.
+    """
+    _check_rows(posterior, x, y)
+    like = draws if like is None else like
+    _, per_draw, chunk = _sizes(posterior, like, samples=True)
+    evaluator = _evaluator(posterior, draws.layout, per_draw, True, _batch_size(like))
+    key = stage_key(seed, "prediction")
+    classes = posterior.likelihood.task == "classification"
+    uniform = np.random.default_rng(np.asarray(jax.random.key_data(stage_key(seed, "class-draws"))))
+    found = []
+    for low in range(0, len(x), chunk):
+        rows = np.arange(low, min(low + chunk, len(x)))
+        filled = _filled(len(rows), chunk)
+        some = (fill_rows(part, filled) for part in (rows, x[rows], y[rows]))
+        shared = _shared(posterior, evaluator.placement, *some)
+        sets = []
+        for numbers, flat in _batches(draws, _batch_size(like)):
+            each = evaluator.evaluate(numbers, flat, key, *shared)
+            if classes:
+                p = each["probabilities"][:, : len(rows)]
+                sets.append(_drawn_classes(p, uniform.random(p.shape[:2])))
+            else:
+                sets.append(each["samples"][:, 0, : len(rows)])
+        found.append(np.concatenate(sets))
+    values = np.concatenate(found, axis=1)
+    return values if draws.weights is None else _by_weight(values[:, None], draws)
+
+
+def _drawn_classes(probabilities: np.ndarray, uniform: np.ndarray) -> np.ndarray:
+    """Return a class of each row by its probabilities (..., classes); NaN stays NaN."""
+    upto = np.cumsum(probabilities, axis=-1, dtype=np.float64)
+    # Scaled, for probabilities that add up to a little less than one.
+    drawn = (upto <= uniform[..., None] * upto[..., -1:]).sum(axis=-1).astype(np.float64)
+    return np.where(np.isnan(upto[..., -1]), np.nan, drawn)
 
 
 def _check_rows(posterior, x, y) -> None:

@@ -1,6 +1,7 @@
 """What a run comes to: scores, predictions, diagnostics and the ArviZ file, from its draws."""
 
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from bnnmcmc.errors import InputError
 from bnnmcmc.pooling import effective_chains
 from bnnmcmc.prediction import Prediction, in_target_units
 from bnnmcmc.predictive import Pooled, draws_in_memory, pool, thinned
+from bnnmcmc.predictive_checks import check_classes, check_numbers
+from bnnmcmc.replicates import from_posterior, from_prior
 from bnnmcmc.run import Run, open_inputs, scores
 from bnnmcmc.stopping import FolderInUseError, locked
 from bnnmcmc.verdict import verdict
@@ -27,11 +30,16 @@ ALIGNED_DRAWS, MIN_ALIGNED_DRAWS = 200, 20
 MAX_ALIGNED_SIZE = 2e7
 # The scales of inputs are summed up from so many draws in all.
 MAX_SCALE_DRAWS = 20_000
+# Rows of data sets drawn for predictive checks, over the targets.
+MAX_CHECKED_ROWS = 2000
 QUANTILES = (0.025, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.975)
 
 
 def write_results(run: Run, run_store: store.Store, kind: str) -> None:
-    """Score, diagnose and write metrics.json, predictions.npz, diagnostics.* and the ArviZ file.
+    """Score, diagnose and write all result files.
+
+    metrics.json, predictions.npz, predictive_checks.json, inputs.npz, diagnostics.* and the ArviZ
+    file.
 
     Parameters
     ----------
@@ -44,8 +52,8 @@ def write_results(run: Run, run_store: store.Store, kind: str) -> None:
     folder, dataset = run_store.folder, run.dataset
     assert dataset is not None
     write_diagnostics(run, run_store, *diagnose(run))
-    if len(dataset.test):
-        _write_scores(run, folder)
+    pooled = _write_scores(run, folder) if len(dataset.test) else None
+    _write_checks(run, folder, pooled)
     _write_inputs(run, folder)
     if kind != "none" and len(run.stopped) < run.draws.chains:
         every = None if kind == "auto" else 1
@@ -108,6 +116,16 @@ def diagnose(run: Run) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         statuses=list(run.status),
         stopped=run.stopped,
     )
+    if held_out.log_density is not None:
+        # Of its own draws alone; a number to look at, by which no chain is left out.
+        with np.errstate(invalid="ignore", over="ignore"):
+            pooled = np.logaddexp.reduce(held_out.log_density.astype(np.float64), axis=1)
+            own = (pooled - np.log(held_out.log_density.shape[1])).mean(axis=-1)
+        table = [
+            {**{k: v for k, v in row.items() if k != "sentence"}, "lppd": float(value)}
+            | {"sentence": row["sentence"]}
+            for row, value in zip(table, own, strict=True)
+        ]
     summary = diagnostics.run_summary(functions, stats["log_density"], table)
     stopped = summary["chains_stopped"]
     superchains = None
@@ -155,7 +173,8 @@ def _weight_agreement(
     return exploration.weight_agreement(network, params, bool(mode))
 
 
-def _write_scores(run: Run, folder: Path) -> None:
+def _write_scores(run: Run, folder: Path) -> Pooled:
+    """Write metrics.json and predictions.npz; return what the posterior predicts."""
     dataset, encoding = run.dataset, run.encoding
     assert dataset is not None and encoding is not None
     x, y = dataset.x[dataset.test], dataset.y[dataset.test]
@@ -211,6 +230,53 @@ def _write_scores(run: Run, folder: Path) -> None:
             "pit": _pit(prediction, found["posterior"], target_to_units(encoding, y), y),
         }
     store.write_arrays(folder / "predictions.npz", arrays)
+    return found["posterior"]
+
+
+def _write_checks(run: Run, folder: Path, pooled: Pooled | None) -> None:
+    """Write predictive_checks.json: the test rows, else those sampled on, against data sets drawn.
+
+    Parameters
+    ----------
+    run : Run
+    folder : Path
+    pooled : Pooled or None
+        Of the test rows.
+    """
+    dataset, encoding = run.dataset, run.encoding
+    assert dataset is not None and encoding is not None
+    draws = run.pooled_draws if run.pooled_chains else run.draws
+    x, y = np.asarray(run.x), np.asarray(run.y)
+    if pooled is not None:
+        x, y = dataset.x[dataset.test], dataset.y[dataset.test]
+    width = 1 if y.ndim == 1 else y.shape[1]
+    most = min(len(x), max(1, MAX_CHECKED_ROWS // width))
+    rows = np.linspace(0, len(x) - 1, most).astype(int)
+    if pooled is not None and pooled.samples is not None:
+        pooled = replace(pooled, samples=pooled.samples[:, rows])
+    x, y = x[rows], y[rows]
+    posterior = from_posterior(run, draws, x, y, pooled)
+    prior, missing = None, ""
+    try:
+        prior = from_prior(run, draws, x, y)
+    except InputError as error:
+        missing = str(error)
+    if run.posterior.likelihood.task == "classification":
+        names = [str(label) for label in encoding.classes or ()]
+        found = check_classes(y, posterior, prior, names)
+    else:
+        found = check_numbers(
+            target_to_units(encoding, y),
+            target_to_units(encoding, posterior),
+            None if prior is None else target_to_units(encoding, prior),
+            [target.name for target in encoding.targets],
+            run.posterior.likelihood.support,
+        )
+    of = "sampled on" if pooled is None else "test"
+    about = {"rows": len(rows), "of": of, "posterior_sets": len(posterior)}
+    about |= {"prior_sets": 0 if prior is None else len(prior), "prior_missing": missing}
+    about["prior_of_some"] = run.sampled is not None
+    store.write_json(folder / "predictive_checks.json", {**about, **found})
 
 
 def _calibrated(run: Run, pooled: Pooled, y: np.ndarray) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from bnnmcmc.data import (
     load_dataset,
     target_to_units,
 )
+from bnnmcmc.diagnostics import Diagnostics
 from bnnmcmc.errors import InputError
 from bnnmcmc.mixture import Mixture
 from bnnmcmc.pooling import Weighting, chain_weights
@@ -134,6 +135,8 @@ class Run:
         not given.
     described : dict, optional
         The config's [model] and [likelihood], by which `save` describes the network.
+    sampled : tuple of bool, optional
+        Which leaves of a position were sampled (`trees.chosen_leaves`); all if not given.
 
     Examples
     --------
@@ -162,6 +165,7 @@ class Run:
     calibration: Literal["none"] | Correction = "none"
     calibration_rows: tuple[Any, Any] | None = None
     described: dict[str, Any] | None = None
+    sampled: tuple[bool, ...] | None = None
 
     @property
     def encoding(self) -> Encoding | None:
@@ -376,6 +380,7 @@ class Run:
             pool_size=config.pool.draws,
             calibration=config.calibration.method,
             described=describe(config),
+            sampled=trees.chosen_leaves(config.sampler.leaves, of),
         )
 
     def __repr__(self) -> str:
@@ -403,6 +408,20 @@ class Run:
             found = json.loads((self.folder / "diagnostics.json").read_text())
             said = (found.get("verdict") or [""])[0]
         return html_table("Run", ("", ""), rows, said)
+
+    def diagnose(self) -> Diagnostics:
+        """Diagnose the draws: chain by chain, over chains, and what modes they found.
+
+        Nothing is written; ``bnnmcmc diagnose`` writes it to the run folder.
+
+        Returns
+        -------
+        Diagnostics
+            ``chains``, a row each, and ``summary`` with the verdict.
+        """
+        from bnnmcmc.results import diagnose
+
+        return Diagnostics(*diagnose(self))
 
     def report(self) -> Path:
         """Write the report of a run folder, ``report.html``.
@@ -855,6 +874,7 @@ def sample(
         target=until or NO_TARGET,
         checks=() if checks is None else tuple(checks.history),
         stopped=stopped,
+        sampled=trees.chosen_leaves(options.get("leaves", ()), draws.layout),
     )
 
 

@@ -215,13 +215,18 @@ def _running(running) -> list[str]:
     draws, chains = running["gain_draws"], running["gain_chains"]
     said = []
     if not math.isnan(draws):
-        said.append(f"the last doubling of draws gained {draws:.3f}")
+        said.append(f"the last doubling of draws gained {_gain(draws)}")
     if not math.isnan(chains):
-        said.append(f"the last doubling of chains {'' if said else 'gained '}{chains:.3f}")
+        said.append(f"the last doubling of chains {'' if said else 'gained '}{_gain(chains)}")
     if not said:
         return []
     text = " and ".join(said)
     return [f"In nats per held-out row, {text}."]
+
+
+def _gain(value: float) -> str:
+    """Write nats; what is nothing to three digits has no sign."""
+    return f"{round(value, 3) + 0.0:.3f}".replace("-", "−")
 
 
 def _weights(weights) -> list[str]:

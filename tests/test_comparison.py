@@ -223,7 +223,7 @@ def test_speed_and_trouble_are_said_where_there_are_some(tmp_path):
     c = make_run(tmp_path / "c", seconds=200.0, ok=3, seed=3)
     runs = compare([a, c]).candidates
     assert "a makes most effective draws per second (25), 10 times" in fastest(runs).text
-    assert "c (1 chains not ok)" in trouble(runs).text
+    assert "c (1 chain not ok)" in trouble(runs).text
 
 
 def test_the_page_loads_nothing_and_shows_names_as_text(tmp_path):

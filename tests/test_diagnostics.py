@@ -470,7 +470,7 @@ def test_summary_of_a_good_run():
     assert verdict[0] == "4 of 4 chains have status ok."
     assert "no sign of drift" in verdict[1].lower()
     assert "agree" in verdict[2]
-    assert f"about {summary['ess_function_total_median']:.0f} " in verdict[3]
+    assert f"about {summary['ess_function_total_median']:,.0f} " in verdict[3]
 
 
 def test_summary_of_a_bad_run():

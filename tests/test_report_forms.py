@@ -1,12 +1,15 @@
 """The report in its other forms: Markdown, followed while a run goes on, in a notebook."""
 
+import json
 import re
 
 import numpy as np
 import pandas as pd
 import pytest
+from test_comparison import make_run as compared
 from test_report import change, make_run
 
+from bnnmcmc.comparison import compare
 from bnnmcmc.live import Live
 from bnnmcmc.report.folder import read_run
 from bnnmcmc.report.page import chain_strip, make_page, tiles, write_markdown
@@ -157,6 +160,39 @@ def test_values_show_themselves_in_a_notebook(finished):
     assert "y_lower_90" in html
     assert "the first 10 of 12 rows" in html
     assert run.report() == finished / "run" / "report.html"
+
+
+def test_diagnostics_show_themselves_in_a_notebook(finished):
+    from bnnmcmc.run import Run
+
+    found = Run.open(finished / "run").diagnose()
+    html = found._repr_html_()
+    assert html.startswith(f"<p>{found.summary['verdict'][0]}</p>")
+    assert html.count("<tr>") == 1 + 3
+    assert "<th scope='col'>R-hat (predictions)</th>" in html
+    frame = found.to_frame()
+    assert frame["status"].tolist() == ["ok"] * 3
+    stored = json.loads((finished / "run" / "diagnostics.json").read_text())
+    assert found.summary["verdict"] == stored["verdict"]
+    # The worst first, one that is not ok before them, and only so many of them.
+    row = found.chains[0]
+    many = [row | {"chain": c, "rhat_function_median": 1 + c / 100} for c in range(40)]
+    many[7] |= {"status": "stuck", "sentence": "<script>it</script> never moved"}
+    html = found._replace(chains=many)._repr_html_()
+    assert re.findall(r"<tr><td>(\d+)</td>", html)[:3] == ["7", "39", "38"]
+    assert "10 chains to look at first, of 40" in html
+    assert "<script>" not in html
+    assert "&lt;script&gt;it" in html
+
+
+def test_a_comparison_shows_itself_in_a_notebook(tmp_path):
+    runs = [compared(tmp_path / "a<b>", noise=0.5), compared(tmp_path / "other", noise=5, seed=1)]
+    html = compare(runs)._repr_html_()
+    assert "a&lt;b&gt;" in html
+    assert "<b>a" not in html
+    assert html.count("<tr>") == 3
+    assert "(best)" in html
+    assert "±" in html
 
 
 def test_names_are_text_in_a_notebook():

@@ -149,7 +149,7 @@ def test_the_verdict_says_which_difference_may_be_chance(tmp_path):
     }
     np.savez(folder / "predictions.npz", **(stored | densities))
     said = next(s for s in verdict(read_run(folder)) if "scores an LPPD" in s.text)
-    assert "than the deep ensemble (which may be chance) and 0.2693" in said.text
+    assert "than the deep ensemble (which may be chance) and 0.269 nats" in said.text
     assert said.text.endswith("than the best member.")
     assert said.level == "note"
 

@@ -9,7 +9,7 @@ from bnnmcmc.comparison import SCORES, TIE, Candidate, Comparison, Result, say
 from bnnmcmc.report import html
 from bnnmcmc.report.drawing import COLOURS, Plot, laid_out
 from bnnmcmc.report.parts import Cell, Column, Explanation, Page, Section, Sentence, Table
-from bnnmcmc.report.text import duration, number, with_error
+from bnnmcmc.report.text import duration, number, plural, with_error
 from bnnmcmc.store import write_atomic
 
 # More runs than this are in the tables only.
@@ -99,7 +99,7 @@ def scores(comparison: Comparison) -> Section:
         columns += [
             Column(label, f"with its standard error over test rows; {better} is better"),
             Column("less the best", f"{label} less the best run's, with its standard error"),
-            Column("", "best, a tie with the best, or worse", text=True),
+            Column("standing", "best, a tie with the best, or worse", text=True),
         ]
     rows = []
     for i, candidate in enumerate(comparison.candidates):
@@ -153,8 +153,9 @@ def _differences(comparison: Comparison, name: str) -> Plot:
     worse = sum(result.mark == "worse" for result in results)
     ties = sum(result.mark == "tie" for result in results)
     better = "left" if wanted == "high" else "right"
+    verb = "is" if worse == 1 else "are"
     takeaway = (
-        f"{ties} of {len(results) - 1} others cannot be told from the best; {worse} are worse "
+        f"{ties} of {len(results) - 1} others cannot be told from the best; {worse} {verb} worse "
         f"(farther to the {better})."
     )
     alt = f"Difference in {label} to the best run, with two standard errors, for each run."
@@ -250,7 +251,9 @@ def trouble(candidates: Sequence[Candidate]) -> Sentence:
     for candidate in candidates:
         found = candidate.convergence
         if found["ok"] is not None and found["ok"] < (found["chains"] or 0):
-            bad.append(f"{candidate.label} ({found['chains'] - found['ok']} chains not ok)")
+            bad.append(
+                f"{candidate.label} ({plural(found['chains'] - found['ok'], 'chain')} not ok)"
+            )
         elif (found["verdict"] or "").startswith("not converged"):
             bad.append(f"{candidate.label} (not converged)")
     if not bad:

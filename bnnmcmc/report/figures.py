@@ -228,7 +228,7 @@ def log_density(values: np.ndarray, failed: Sequence[int], wide: bool = False) -
         sentence = (
             f"From the first to the last quarter of the draws the log-density changes by "
             f"{number(float(np.median(change)))} (median over {plural(len(fine), 'chain')}), "
-            f"{number(round(abs(ratio), 1))} times its standard deviation in the last quarter: "
+            f"{abs(ratio):.1f} times its standard deviation in the last quarter: "
         )
         moving = "still rising" if ratio > 0 else "still falling"
         sentence += "no lasting trend." if abs(ratio) < 1 else f"the chains are {moving}."

@@ -40,6 +40,8 @@ class RunFolder:
         Rows of diagnostics.csv; an empty cell is None.
     history, warmup, predictions, inputs : dict of numpy arrays or None
         ``inputs`` are the scales of inputs, of a prior that has some.
+    predictive_checks : dict or None
+        Data sets drawn from prior and posterior against the one observed.
     log_density : numpy array (chain, draw) or None
         The committed draws' statistics.
     progress : dict
@@ -59,6 +61,7 @@ class RunFolder:
     warmup: dict[str, np.ndarray] | None
     predictions: dict[str, np.ndarray] | None
     inputs: dict[str, np.ndarray] | None
+    predictive_checks: dict[str, Any] | None
     log_density: np.ndarray | None
     progress: dict[str, dict[str, Any]]
     missing: list[str]
@@ -131,6 +134,7 @@ def read_run(folder: Path) -> RunFolder:
         warmup=read("warmup.npz", "warm-up statistics", read_arrays),
         log_density=read("stats", "statistics of the draws", lambda path: _trace(path, draws)),
         predictions=read("predictions.npz", "test predictions", read_arrays),
+        predictive_checks=read("predictive_checks.json", "predictive checks", _read_object),
         inputs=read("inputs.npz", "scales of the inputs", read_arrays),
         metrics=read("metrics.json", "scores", _read_object),
         chains=read("diagnostics.csv", "diagnostics per chain", _read_chains),

@@ -2,9 +2,10 @@
 
 import math
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -18,6 +19,7 @@ from bnnmcmc.report.sections import (
     inputs,
     modes,
     predictions,
+    predictive_checks,
     progress,
     scores,
     setup,
@@ -36,6 +38,7 @@ SECTIONS: tuple[tuple[str, Callable[[RunFolder], Section | None]], ...] = (
     ("predictions.npz", predictions.section),
     ("predictions.npz", calibration.section),
     ("predictions.npz", uncertainty.section),
+    ("predictive_checks.json", predictive_checks.section),
     ("inputs.npz", inputs.section),
     ("the chains' statistics", chains.section),
     ("diagnostics.json", modes.section),
@@ -46,6 +49,8 @@ SECTIONS: tuple[tuple[str, Callable[[RunFolder], Section | None]], ...] = (
     ("manifest.json", setup.cost),
     ("manifest.json", setup.environment),
 )
+# What a file raises that does not hold what it should.
+WRONG = (KeyError, IndexError, ValueError, TypeError, AttributeError)
 # More chains than this are counted by status, not shown one by one.
 MAX_STRIP = 400
 
@@ -120,13 +125,16 @@ def make_page(run: RunFolder, refresh: int = 0) -> Page:
     manifest = run.manifest
     broken: list[str] = []
     sections = make_sections(run, broken)
-    strip, strip_said = chain_strip(run)
+    numbers = _guarded(TILES, run, broken)
+    said = _guarded(SENTENCES, run, broken, going=bool(refresh))
+    found = _guarded((("the chains' status", _strip),), run, broken)
+    strip, strip_said = found[0] if found else ([], "")
     return Page(
         title=manifest.get("name") or run.folder.name,
         subtitle=_subtitle(run),
         sections=sections,
-        verdict=[*verdict(run, going=bool(refresh)), *(Sentence("bad", text) for text in broken)],
-        tiles=tiles(run),
+        verdict=[*said, *(Sentence("bad", text) for text in dict.fromkeys(broken))],
+        tiles=numbers,
         strip=strip,
         strip_said=strip_said,
         footer=f"Written by bnnmcmc {manifest.get('bnnmcmc') or ''} from {run.folder.name}.",
@@ -152,12 +160,42 @@ def make_sections(run: RunFolder, broken: list[str]) -> list[Section]:
                 section = section and section._replace(plots=laid_out(section.plots))
                 for plot in section.plots if section else ():
                     _ = plot.svg  # drawn here, where what cannot be drawn is caught
-        except (KeyError, IndexError, ValueError, TypeError, AttributeError) as error:
+        except WRONG as error:
             broken.append(f"{name} does not hold what it should, so it is not drawn: {error!r}.")
             continue
         if section:
             found.append(section)
     return found
+
+
+def _guarded(
+    makers: Sequence[tuple[str, Callable[..., Sequence[Any]]]],
+    run: RunFolder,
+    broken: list[str],
+    **options: Any,
+) -> list[Any]:
+    """Return what all make, one after the other; one that fails costs its own part only.
+
+    Parameters
+    ----------
+    makers : sequence of (file, callable)
+        ``callable(run, **options)``; the file is blamed if it fails.
+    run : RunFolder
+    broken : list of str
+        Gets a sentence for every file whose content is not what it should be.
+    **options
+    """
+    found: list[Any] = []
+    for name, make in makers:
+        try:
+            found += make(run, **options)
+        except WRONG as error:
+            broken.append(f"{name} does not hold what it should, so it is not shown: {error!r}.")
+    return found
+
+
+def _strip(run: RunFolder) -> list[tuple[list[tuple[int, str, str]], str]]:
+    return [chain_strip(run)]
 
 
 def _subtitle(run: RunFolder) -> str:
@@ -187,44 +225,58 @@ def tiles(run: RunFolder) -> list[dict[str, str]]:
     Parameters
     ----------
     run : RunFolder
+        What a damaged file should have told is left out; the page names the file.
     """
+    return _guarded(TILES, run, [])
+
+
+def _tile(label: str, value: str, detail: str) -> dict[str, str]:
+    return {"label": label, "value": value, "detail": detail}
+
+
+def _score_tiles(run: RunFolder) -> list[dict[str, str]]:
     found = []
-    test, chains = _tests(run), run.manifest.get("chains")
+    test = _tests(run)
     posterior, ensemble = test.get("posterior") or {}, test.get("ensemble") or {}
-
-    def add(label: str, value: str, detail: str) -> None:
-        found.append({"label": label, "value": value, "detail": detail})
-
     if "lppd" in posterior:
         detail = "posterior, nats per test row"
         if "lppd" in ensemble:
             detail = f"{signed(posterior['lppd'] - ensemble['lppd'])} against the ensemble"
-        add("Test LPPD", number(posterior["lppd"]), detail)
+        found.append(_tile("Test LPPD", number(posterior["lppd"]), detail))
+    of = f"{run.test_rows:,} test rows"
     if "coverage_90" in posterior:
-        add(
-            "90 % intervals cover",
-            percent(posterior["coverage_90"]),
-            f"of {run.test_rows:,} test rows",
-        )
+        covered = percent(posterior["coverage_90"])
+        found.append(_tile("90 % intervals cover", covered, f"of {of}"))
     elif "accuracy" in posterior:
-        add("Accuracy", percent(posterior["accuracy"]), f"on {run.test_rows:,} test rows")
+        found.append(_tile("Accuracy", percent(posterior["accuracy"]), f"on {of}"))
+    return found
+
+
+def _chain_tiles(run: RunFolder) -> list[dict[str, str]]:
+    found = []
+    chains = run.manifest.get("chains")
     if chains and (run.manifest.get("status") or run.chains):
         detail = "all of them" if not run.failed else f"{len(run.failed)} with a problem"
-        add("Chains ok", f"{chains - len(run.failed):,} of {chains:,}", detail)
+        found.append(_tile("Chains ok", f"{chains - len(run.failed):,} of {chains:,}", detail))
     if chains and run.draws:
         planned = run.manifest.get("draws") or run.draws
         detail = f"{run.draws:,} from each of {plural(chains, 'chain')}"
         if run.draws < planned:
             detail = f"{run.draws:,} of {planned:,} from each of {plural(chains, 'chain')}"
-        add("Posterior draws", f"{run.going * run.draws:,}", detail)
-    worth = (run.diagnostics or {}).get("ess_function_total_median")
-    if worth is not None:
-        across = (run.diagnostics or {}).get("rhat_function_across_median")
-        detail = "independent draws, for a typical prediction"
-        if across is not None and math.isfinite(across):
-            detail += f"; R-hat across chains {across:.2f}"
-        add("They are worth", number(round(worth) if math.isfinite(worth) else worth), detail)
+        found.append(_tile("Posterior draws", f"{run.going * run.draws:,}", detail))
     return found
+
+
+def _worth_tiles(run: RunFolder) -> list[dict[str, str]]:
+    worth = (run.diagnostics or {}).get("ess_function_total_median")
+    if worth is None:
+        return []
+    across = (run.diagnostics or {}).get("rhat_function_across_median")
+    detail = "independent draws, for a typical prediction"
+    if across is not None and math.isfinite(across):
+        detail += f"; R-hat across chains {across:.2f}"
+    shown = number(round(worth) if math.isfinite(worth) else worth)
+    return [_tile("They are worth", shown, detail)]
 
 
 def chain_strip(run: RunFolder) -> tuple[list[tuple[int, str, str]], str]:
@@ -252,23 +304,40 @@ def verdict(run: RunFolder, going: bool = False) -> list[Sentence]:
     Parameters
     ----------
     run : RunFolder
+        What a damaged file should have told is left out; the page names the file.
     going : bool
         Whether it is at work now: then it need not be told how to go on, or what is missing.
     """
-    sentences = _progress(run, going)
+    return _guarded(SENTENCES, run, [], going=going)
+
+
+def _scored(run: RunFolder, going: bool) -> list[Sentence]:
     test = _tests(run)
-    if "posterior" in test:
-        sentences += _compared(test, run.test_rows, scores.paired_leads(run))
-        sentences += _calibrated(test["posterior"], run.test_rows)
-    sentences += _chains_said(run)
-    for text in (run.diagnostics or {}).get("verdict") or []:
-        if "have status ok" not in text:  # said above, with what the scores pool
-            sentences.append(Sentence(_level(str(text)), str(text)))
-    sentences += [Sentence("note", f"Note: {text}.") for text in run.manifest.get("notes") or []]
-    if run.missing and not going:
-        level = "bad" if run.manifest.get("stage") == "done" else "note"
-        sentences.append(Sentence(level, f"Missing: {', '.join(run.missing)}."))
-    return sentences
+    if "posterior" not in test:
+        return []
+    return [
+        *_compared(test, run.test_rows, scores.paired_leads(run)),
+        *_calibrated(test["posterior"], run.test_rows),
+    ]
+
+
+def _diagnosed(run: RunFolder, going: bool) -> list[Sentence]:
+    return [
+        Sentence(_level(str(text)), str(text))
+        for text in (run.diagnostics or {}).get("verdict") or []
+        if "have status ok" not in text  # said by `_chains_said`, with what the scores pool
+    ]
+
+
+def _noted(run: RunFolder, going: bool) -> list[Sentence]:
+    return [Sentence("note", f"Note: {text}.") for text in run.manifest.get("notes") or []]
+
+
+def _missing(run: RunFolder, going: bool) -> list[Sentence]:
+    if not run.missing or going:
+        return []
+    level = "bad" if run.manifest.get("stage") == "done" else "note"
+    return [Sentence(level, f"Missing: {', '.join(run.missing)}.")]
 
 
 def _level(text: str) -> str:
@@ -333,7 +402,7 @@ def _compared(
     for i, (label, d) in enumerate(differences.items()):
         if math.isfinite(d) and d != 0:
             word = "better" if d > 0 else "worse"
-            text = f"{number(abs(round(d, 4)))} nats per row {word} than {label}"
+            text = f"{abs(d):.{3 if abs(d) >= 0.01 else 4}f} nats per row {word} than {label}"
         else:
             text = f"{'level with' if d == 0 else 'not comparable with'} {label}"
         unsure = len(leads) == len(differences) and leads[i].level == "note"
@@ -390,7 +459,7 @@ def _calibrated(scores: dict[str, float], rows: int) -> list[Sentence]:
     ]
 
 
-def _chains_said(run: RunFolder) -> list[Sentence]:
+def _chains_said(run: RunFolder, going: bool) -> list[Sentence]:
     status = run.manifest.get("status") or run.chains
     if not status:
         return []
@@ -419,3 +488,19 @@ def _chains_said(run: RunFolder) -> list[Sentence]:
         text += "".join(f" Chain {c['chain']}: {c.get('sentence') or c['status']}" for c in bad)
     sentences.append(Sentence("bad", text))
     return sentences
+
+
+# What makes the numbers and the sentences of the first screen, and the file that each is from.
+TILES: tuple[tuple[str, Callable[..., Sequence[Any]]], ...] = (
+    ("metrics.json", _score_tiles),
+    ("manifest.json", _chain_tiles),
+    ("diagnostics.json", _worth_tiles),
+)
+SENTENCES: tuple[tuple[str, Callable[..., Sequence[Any]]], ...] = (
+    ("manifest.json", _progress),
+    ("metrics.json", _scored),
+    ("manifest.json or metrics.json", _chains_said),
+    ("diagnostics.json", _diagnosed),
+    ("manifest.json", _noted),
+    ("manifest.json", _missing),
+)

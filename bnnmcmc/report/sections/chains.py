@@ -62,6 +62,11 @@ COLUMNS = {
         "needed for good predictions",
     ),
     "rhat_log_density": ("R-hat log-density", "chain-wise R-hat of the log-density"),
+    "lppd": (
+        "LPPD",
+        "log predictive density of at most 50 test rows, pooled over the chain's own draws, nats "
+        "per row of the standardised target; no chain is left out by it",
+    ),
     "sentence": ("what happened", "the chain's status in words"),
 }
 
@@ -240,6 +245,7 @@ def _chain_cell(name: str, value: Any) -> Cell:
 # Digits after the point of the columns whose names begin so; the first that fits.
 DECIMALS = {
     "rhat_": 3,
+    "lppd": 3,
     "ess_per_gradient": 4,
     "ess_": 0,
     "log_density_drift": 2,
@@ -253,5 +259,8 @@ def _diagnostic(name: str, value: Any) -> str:
     if isinstance(value, int | float) and math.isfinite(value) and abs(value) < 1e6:
         for start, decimals in DECIMALS.items():
             if name.startswith(start):
-                return f"{value:,.{decimals}f}".replace("-", "−")
+                # What is rounded to nothing has no sign.
+                return f"{round(value, decimals) + 0.0:,.{decimals}f}".replace("-", "−")
+        if name in ("energy_error", "step_size") and 1e-4 <= abs(value) < 1e3:
+            return f"{value:#.3g}".removesuffix(".")
     return number(value)

@@ -72,18 +72,20 @@ def section(run: RunFolder) -> Section | None:
         return None
     assert run.metrics is not None
     units = run.metrics.get("test_target_units")
+    errors = run.metrics.get("standard_errors") or {}
     names = list(dict.fromkeys(n for model in MODELS for n in test.get(model) or {}))
     intervals = [n for n in names if n.startswith("coverage_")]
     plain = [n for n in names if n not in intervals]
     rows: list[list[Cell]] = []
-    for title, scores, chosen in (
-        ("Standardised target" if units else "", test, plain),
-        ("In the target's own units", units, plain),
-        ("Coverage of the intervals", test, intervals),
+    for title, scores, unit, chosen in (
+        ("Standardised target" if units else "", test, "standardised", plain),
+        ("In the target's own units", units, "target", plain),
+        ("Coverage of the intervals", test, "standardised", intervals),
     ):
         if scores and chosen:
             rows += [[Cell(title, classes="group")]] if title else []
-            rows += [_row(name, scores) for name in chosen]
+            of = errors.get(unit) or {}
+            rows += [_row(name, scores, of.get(name, math.nan)) for name in chosen]
     columns = [Column("Score"), *(Column(label) for label in MODELS.values())]
     return Section(
         "scores",
@@ -135,7 +137,8 @@ def lead(gap: np.ndarray, other: str) -> Sentence:
     return Sentence("note", f"Not told apart from the {other}: {gained}.")
 
 
-def _row(name: str, scores: dict[str, dict[str, float]]) -> list[Cell]:
+def _row(name: str, scores: dict[str, dict[str, float]], error: float) -> list[Cell]:
+    """Return a row: the score of each model, the posterior's with its standard error."""
     values = [(scores.get(model) or {}).get(name) for model in MODELS]
     label, wanted = METRICS.get(name, (name, ""))
     direction = DIRECTIONS.get(wanted, "")
@@ -146,11 +149,19 @@ def _row(name: str, scores: dict[str, dict[str, float]]) -> list[Cell]:
         write = _share
     losses = [_loss(value, wanted) for value in values]
     best = min(losses)
-    cells = [
-        Cell(write(value), classes="best" if math.isfinite(best) and loss == best else "")
-        for value, loss in zip(values, losses, strict=True)
-    ]
+    cells = []
+    for model, value, loss in zip(MODELS, values, losses, strict=True):
+        text = write(value)
+        if model == "posterior" and value is not None and math.isfinite(value + error):
+            # The space after the sign does not break.
+            text = f"{text} ±\N{NO-BREAK SPACE}{_as_error(write, error)}"
+        cells.append(Cell(text, classes="best" if math.isfinite(best) and loss == best else ""))
     return [Cell(f"{label} {direction}".strip()), *cells]
+
+
+def _as_error(write: Callable[[Any], str], error: float) -> str:
+    """Write a standard error to as many decimals as its row, the unit but once."""
+    return write(error).removesuffix(" %")
 
 
 def _share(value: float | None) -> str:
@@ -171,7 +182,9 @@ def _note(run: RunFolder) -> str:
     text = f"On {plural(run.test_rows, 'test row')}; the best value of each row is shaded. "
     if member is not None:
         text += f"The best member is number {member}. "
-    if paired_leads(run):
+    if (run.metrics or {}).get("standard_errors"):
+        text += "After ± is the posterior's standard error. "
+    if paired_leads(run) or (run.metrics or {}).get("standard_errors"):
         return text + "Standard errors are over these rows; another split or seed adds to them."
     return text + (
         "One split and one seed: the scores carry no error bar; small differences may be chance."
