@@ -62,6 +62,7 @@ def settings(tmp_path_factory):
     return Settings(folder, data=folder, peer=python, repeats=1, quick=True)
 
 
+@pytest.mark.slow
 def test_gradients_stand_over_the_peak(settings):
     found = gradients.measure(settings)
     assert [(row["activation"], row["chains"]) for row in found["rows"]] == [

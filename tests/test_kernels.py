@@ -313,7 +313,7 @@ def draws_with(name, warmup=200, **options):
 
 
 # Each compiles two kernels; most options of these are those of another one too.
-SLOW = ("mams", "hmc", "sgld", "sghmc")
+SLOW = ("mams", "hmc", "sgld", "sghmc", "smile")
 
 
 @pytest.mark.parametrize(

@@ -54,7 +54,9 @@ def closed_form(run):
     return covariance @ x.T @ run.y[:, 0] / SIGMA**2, covariance
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize(
+    "sampler", [pytest.param(s, marks=pytest.mark.slow if s != "mclmc" else []) for s in SAMPLERS]
+)
 def test_mean_over_draws_is_the_closed_form(tmp_path, sampler):
     (tmp_path / "linear.toml").write_text(CONFIG + SAMPLERS[sampler])
     config = read_config(tmp_path / "linear.toml")

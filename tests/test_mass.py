@@ -173,7 +173,7 @@ def trees_of(metric):
     return failures(samples.draws), samples.stats["gradients"].mean()
 
 
-@pytest.mark.parametrize("metric", ["low_rank", "dense"])
+@pytest.mark.parametrize("metric", ["low_rank", pytest.param("dense", marks=pytest.mark.slow)])
 def test_a_condition_of_ten_thousand(metric):
     """The law is the same as without; trees are far shorter."""
     found, gradients = trees_of(metric)

@@ -245,7 +245,13 @@ def same_numbers(monkeypatch):
     )
 
 
-@pytest.mark.parametrize("name", sorted(KERNELS))
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(n, marks=pytest.mark.slow if n not in ("mclmc", "nuts") else [])
+        for n in sorted(KERNELS)
+    ],
+)
 def test_short_trajectories_from_one_start(name, monkeypatch):
     same_numbers(monkeypatch)
     posterior, y = model()

@@ -528,7 +528,7 @@ def test_empty_and_constant_columns_are_left_out(page):
     assert "accepted" not in heads
     assert "max depth" not in heads
     assert "diverged" not in heads
-    assert "The same in all chains: draws 60, diverged 0, gradients 600." in page.text
+    assert "same in all chains: draws 60, diverged 0, gradients 600, seconds 11." in page.text
 
 
 def test_broken_files_are_named(tmp_path):

@@ -250,3 +250,16 @@ def test_progress_stays_small_and_goes_on_after_an_interruption(tmp_path):
     assert again.stages["warmup"]["since"] >= again.begun > live.begun
     (tmp_path / "progress.json").write_text("{")
     assert read_progress(tmp_path) == {}
+
+
+def test_a_chain_s_seconds_are_its_part_by_gradients():
+    rows = [{"chain": i, "gradients": g} for i, g in enumerate([100, 300, 600])]
+    found = chains.with_seconds(rows, 20.0)
+    assert [row["seconds"] for row in found] == [2.0, 6.0, 12.0]
+    assert found[0]["chain"] == 0
+    # A stage without a time, and kernels that count no gradients.
+    assert chains.with_seconds(rows, None) == rows
+    assert chains.with_seconds([*rows, {"chain": 3, "gradients": None}], 20.0)[-1].keys() == {
+        "chain",
+        "gradients",
+    }

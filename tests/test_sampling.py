@@ -170,7 +170,11 @@ def test_a_chain_does_not_depend_on_its_neighbours_or_the_devices(reference):
     np.testing.assert_array_equal(draws_of(more)[:3], draws_of(blocks))
 
 
-@pytest.mark.parametrize("kernel", sorted(KERNELS))
+# The kernel whose trajectories differ in length says most.
+@pytest.mark.parametrize(
+    "kernel",
+    [pytest.param(k, marks=pytest.mark.slow if k != "nuts" else []) for k in sorted(KERNELS)],
+)
 def test_groups_on_one_device_and_on_two_draw_the_same(kernel):
     """XLA compiles programs for one device and for several in other ways; rounding must not show.
 

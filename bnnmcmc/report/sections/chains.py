@@ -34,6 +34,10 @@ COLUMNS = {
     "tree_depth_max": ("max depth", "deepest NUTS tree, in doublings"),
     "step_size": ("step size", "step size after the warm-up"),
     "gradients": ("gradients", "gradient evaluations while sampling"),
+    "seconds": (
+        "seconds",
+        "its part of the seconds of sampling, by gradients: all chains together took them all",
+    ),
     "rows": ("rows", "rows looked at while sampling, each as often as it was (minibatch kernels)"),
     "ess_log_density": ("ESS log-density", "effective sample size of the log-density"),
     "ess_function_median": (
@@ -152,6 +156,27 @@ def _takeaways(run: RunFolder) -> list[Sentence]:
     return said
 
 
+def with_seconds(chains: list[dict[str, Any]], seconds: float | None) -> list[dict[str, Any]]:
+    r"""Return the rows with each chain's part of the seconds of sampling.
+
+    .. math:: t_i = T g_i / \sum_j g_j
+
+    Chains share devices and advance in groups: nothing measures one alone.
+
+    Parameters
+    ----------
+    chains : list of dict
+        With "gradients" :math:`g_i`; as they are if one has none.
+    seconds : float, optional
+        T, of the stage.
+    """
+    gradients = [chain.get("gradients") or 0 for chain in chains]
+    if not seconds or not all(gradients):
+        return chains
+    each = seconds / sum(gradients)
+    return [{**chain, "seconds": each * own} for chain, own in zip(chains, gradients, strict=True)]
+
+
 def chain_tables(run: RunFolder) -> tuple[list[Table], list[str]]:
     """Return the table of chains, quantiles over all if there are many, and what happened to some.
 
@@ -163,6 +188,7 @@ def chain_tables(run: RunFolder) -> tuple[list[Table], list[str]]:
     chains = run.chains or run.manifest.get("status")
     if not chains:
         return [], []
+    chains = with_seconds(chains, (run.manifest.get("seconds") or {}).get("sampling"))
     filled = [n for n in chains[0] if any(c.get(n) not in (None, "") for c in chains)]
     ordered = [n for n in COLUMNS if n in filled] + [n for n in filled if n not in COLUMNS]
     # What is the same in all chains needs no column, and what happened to one needs a line.
