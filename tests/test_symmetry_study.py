@@ -91,3 +91,15 @@ def test_a_part_is_sampled_alike_however_it_is_cut():
     half = study.sample_part(problem, np.arange(1, 2), 30, 2, 0)
     np.testing.assert_allclose(whole["flat"][1], half["flat"][0], rtol=1e-5)
     assert whole["log_likelihood"].shape == (2, 2, 89)
+
+
+def test_the_lppd_of_many_chains_is_seen_from_few():
+    # Densities exp(z): many draws pool to ln E exp(z) = sd^2 / 2.
+    rng = np.random.default_rng(0)
+    sd = 0.8
+    few = sd * rng.normal(size=(400, 20, 200))
+    own = np.array([table.pooled(draws) for draws in few])
+    seen = np.array([table.of_many(draws) for draws in few])
+    exact = sd**2 / 2
+    assert own.mean() < exact - 10 * own.std() / np.sqrt(400)
+    assert abs(seen.mean() - exact) < 0.2 * abs(own.mean() - exact)

@@ -14,6 +14,24 @@ def pooled(log_likelihood: np.ndarray) -> float:
     return float((np.logaddexp.reduce(values, axis=0) - np.log(len(values))).mean())
 
 
+def of_many(log_likelihood: np.ndarray) -> float:
+    r"""Return the LPPD that more and more draws would have, from that of all and of all but one.
+
+    .. math:: G L_G - (G - 1) \overline{L_{G-1}}
+
+    A pool of G draws has a lower LPPD than one of many, by about c / G; this takes that part away
+    (Quenouille's jackknife).
+
+    Parameters
+    ----------
+    log_likelihood : array (draw, row)
+        Independent draws, at least 2.
+    """
+    count = len(log_likelihood)
+    fewer = [pooled(np.delete(log_likelihood, i, axis=0)) for i in range(count)]
+    return count * pooled(log_likelihood) - (count - 1) * float(np.mean(fewer))
+
+
 def errors(log_likelihood: np.ndarray, seed: int = 0, times: int = 200) -> tuple[float, float]:
     """Return standard errors of an LPPD: of the choice of draws, and of test rows.
 
@@ -70,6 +88,7 @@ def rows(folder: Path) -> list[dict[str, Any]]:
             "seed": int(seed),
             "chains": len(values),
             "LPPD, chains": pooled(values),
+            "of many chains": of_many(values) if len(values) > 1 else float("nan"),
             "se, chains": of_draws,
             "se, rows": of_rows,
             "mean of single chains": float(values.mean()),
