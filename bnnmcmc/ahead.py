@@ -135,6 +135,12 @@ class Ahead:
         """What the functions take and return; waits for the trace."""
         return self._shapes.result()
 
+    @property
+    def failed(self) -> bool:
+        """Whether some function can no longer be called: it did not compile, or was cancelled."""
+        done = [future for future in self._seconds.values() if future.done()]
+        return self._cancelled or any(f.cancelled() or f.exception() is not None for f in done)
+
     def cancel(self) -> None:
         """Compile no more than what is being compiled; what is left can no longer be called."""
         self._cancelled = True

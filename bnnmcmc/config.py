@@ -790,6 +790,12 @@ class Config(Section):
                 f'method = "{value.method}" needs pool.weights = "equal", found "{pool.weights}": '
                 "the validation rows cannot serve both"
             )
+        stop = info.data.get("stop")
+        if stop is not None and stop.lppd:
+            raise ValueError(
+                f'method = "{value.method}" is fitted on the validation rows, but stop.lppd ends '
+                "sampling by them; stop by ess, or by the number of draws"
+            )
         numbers = likelihood is None or likelihood.kind not in CLASSES
         if likelihood is not None and numbers == (value.method == "temperature"):
             expected = "split or cqr" if numbers else "temperature"

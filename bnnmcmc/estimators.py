@@ -64,7 +64,8 @@ PARAMETERS = """
     calibration : {"none", "split", "cqr", "temperature"}
         How predictions are corrected on the validation rows, which the posterior then does not
         condition on: split-conformal or conformalised quantile intervals, or a temperature for
-        classes (`bnnmcmc.recalibration`).
+        classes (`bnnmcmc.recalibration`). Intervals (`predict_interval`), or class probabilities,
+        are corrected; mean, sd, quantiles, samples and densities of numbers stay the posterior's.
     time_budget : float, optional
         Seconds for `fit`, and for each `more_draws`; fewer steps and draws are made if needed.
     random_state : int, RandomState or None
@@ -460,6 +461,9 @@ class BNNRegressor(RegressorMixin, _BNN):
 
     def predict_interval(self, X: Any, level: float = 0.9) -> np.ndarray:
         """Return the central interval that holds ``level`` of the predictive mass.
+
+        With ``calibration`` "split" or "cqr" the corrected one, which held this share of the
+        validation rows.
 
         Parameters
         ----------

@@ -26,15 +26,17 @@ PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 def export(file: str | Path, run: "Run | Predictor", draws: int | None = 1000) -> None:
     r"""Write the pooled predictor as a function of JAX (``jax.export``).
 
-    The function takes the features (rows, columns), any number of rows, and returns a dict: "mean",
-    "sd" and "epistemic_sd" (rows, targets) in target units, or "probabilities" (rows, classes).
-    Columns are those of ``encoding.feature_names``, in their own units: numbers as in the table,
-    1 where a row is of the category, else 0. With draws d of weights :math:`w_d`,
+    The function takes the features (rows, columns), float32, any number of rows, and returns a
+    dict of float32: "mean", "sd" and "epistemic_sd" (rows, targets) in target units, or
+    "probabilities" (rows, classes). Columns are those of ``encoding.feature_names``, in their own
+    units: numbers as in the table, 1 where a row is of the category, else 0. NaN is a missing
+    number where `Run.predict` takes one, and sets the "is missing" column; else it stays NaN. With
+    draws d of weights :math:`w_d`,
 
     .. math:: m = \sum_d w_d m_d, \quad s^2 = \sum_d w_d v_d + \sum_d w_d (m_d - m)^2.
 
     >>> predict = jax.export.deserialize(open("model.jax", "rb").read()).call  # doctest: +SKIP
-    >>> predict(rows)["mean"]  # doctest: +SKIP
+    >>> predict(rows.astype("float32"))["mean"]  # doctest: +SKIP
 
     Parameters
     ----------
@@ -55,15 +57,15 @@ def export(file: str | Path, run: "Run | Predictor", draws: int | None = 1000) -
         raise InputError("export: the run has no encoding of rows, so its columns have no units")
     if run.calibration != "none":
         raise InputError(
-            "export: corrected intervals cannot be exported; export the run without calibration, "
-            "or use save"
+            'export: corrections are not exported; export run.calibrated("none"), the posterior '
+            "alone, or use save"
         )
     if not file.parent.is_dir():
         raise InputError(f"{file}: there is no folder {file.parent}; make it first")
     predict = jax.jit(pooled_function(run, encoding, draws))
     columns = len(encoding.feature_names)
     rows = jax.export.symbolic_shape("rows")
-    shape = jax.ShapeDtypeStruct((*rows, columns), jnp.result_type(float))
+    shape = jax.ShapeDtypeStruct((*rows, columns), jnp.float32)
     try:
         exported = jax.export.export(predict, platforms=PLATFORMS)(shape)
     except Exception as error:  # what a network's own operations raise has no common base
@@ -84,6 +86,8 @@ def pooled_function(run: "Run | Predictor", encoding: Encoding, draws: int | Non
     posterior, of = run.posterior, kept.layout
     likelihood = posterior.likelihood
     centre, scale = (jnp.asarray(each) for each in input_scales(encoding))
+    fill, source = gaps(encoding)
+    indicates = source != np.arange(len(source))
     offset = jnp.asarray([target.center for target in encoding.targets])
     unit = jnp.asarray([target.scale for target in encoding.targets])
     pool = jnp.asarray(flat), jnp.asarray(shares, jnp.result_type(float))
@@ -106,18 +110,25 @@ def pooled_function(run: "Run | Predictor", encoding: Encoding, draws: int | Non
 
         return jax.lax.scan(add, zero, pool)[0]
 
+    def singles(found):
+        return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), found)
+
     def predict(rows):
-        x = (rows - centre) / scale
+        rows = rows.astype(jnp.result_type(float))
+        missing = jnp.isnan(rows)
+        rows = jnp.where(missing, fill, rows)
+        x = (jnp.where(indicates & missing[:, source], 1.0, rows) - centre) / scale
         mean = summed(x, lambda found: found)
         if likelihood.task == "classification":
-            return mean
+            return singles(mean)
         # In a second pass, for the digits.
         spread = summed(x, lambda found: jnp.square(found["mean"] - mean["mean"]))
-        return {
+        found = {
             "mean": offset + unit * mean["mean"],
             "sd": unit * jnp.sqrt(mean["variance"] + spread),
             "epistemic_sd": unit * jnp.sqrt(spread),
         }
+        return singles(found)
 
     return predict
 
@@ -133,3 +144,29 @@ def input_scales(encoding: Encoding) -> tuple[np.ndarray, np.ndarray]:
         found += [(0.0, 1.0)] * feature.gaps
     centres, scales = zip(*found, strict=True)
     return np.array(centres), np.array(scales)
+
+
+def gaps(encoding: Encoding) -> tuple[np.ndarray, np.ndarray]:
+    """Return what stands for NaN in every encoded column, and whose NaN the column indicates.
+
+    Returns
+    -------
+    fill : numpy array (columns,)
+        NaN where a missing value stays one.
+    source : numpy array (columns,) of int
+        Of an "is missing" column of a number, the number's column; else the column itself.
+    """
+    fill: list[float] = []
+    source: list[int] = []
+    for feature in encoding.features:
+        first = len(fill)
+        if feature.categories is None:
+            fill.append(np.nan if feature.fill is None else feature.fill)
+            source.append(first)
+        else:
+            fill += [np.nan] * len(feature.categories)
+            source += range(first, len(fill))
+        if feature.gaps:
+            fill.append(np.nan)
+            source.append(first if feature.categories is None else len(source))
+    return np.array(fill), np.array(source)

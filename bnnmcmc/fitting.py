@@ -127,6 +127,7 @@ class Fit:
             pooling=self.config.pool.weights,
             pool_size=self.config.pool.draws,
             calibration=self.config.calibration.method,
+            sampled=trees.chosen_leaves(self.config.sampler.leaves, position_layout(posterior)),
             described=describe(self.config),
         )
 
@@ -171,10 +172,14 @@ def fit(
     preflight.check_memory(preflight.need(config, dataset, chunked, placement), placement)
     config = with_placement(config, build.chosen_fields(config, dataset, placement))
     data = _sampling_data(config, dataset, weights, posterior, placement)
-    sampler = config.sampler
-    steps = Steps(sampler.warmup, sampler.draws, sampler.thin)
-    _sampler(config, dataset.encoding, placement, steps, data)  # compiles while members train
-    ensemble, notes = _train(config, dataset, weights, placement, deadline, console)
+    steps = Steps(config.sampler.warmup, config.sampler.draws, config.sampler.thin)
+    sampler = _sampler(config, dataset.encoding, placement, steps, data)
+    try:
+        # The sampler compiles meanwhile.
+        ensemble, notes = _train(config, dataset, weights, placement, deadline, console)
+    except BaseException:
+        sampler.cancel()
+        raise
     members = chain_starts(posterior, ensemble.positions)
     check_finite(posterior, members, *data[:2])
     steps, carry, warmup_stats, more = _warm_up(
@@ -502,7 +507,11 @@ def _sampler(
     """Return the sampler, whose compilation begins with the first call."""
     described = _described(config, encoding, "model", "likelihood", "prior", "sampler")
     shapes = (jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding) for a in data)
-    return _built_sampler(described, placement, steps, tuple(shapes))
+    arguments = (described, placement, steps, tuple(shapes))
+    if (sampler := _built_sampler(*arguments)).failed:  # such as for lack of memory: try again
+        _built_sampler.cache_clear()
+        sampler = _built_sampler(*arguments)
+    return sampler
 
 
 @lru_cache(maxsize=32)

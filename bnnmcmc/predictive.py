@@ -281,7 +281,9 @@ def _sizes(posterior, draws: Draws, samples: bool) -> tuple[int, int, int]:
     return every, per_draw, max(1, CHUNK_BYTES // (8 * max(kept, BATCH) * width))
 
 
-def data_sets(posterior, draws: Draws, x, y, *, seed: int = 0, like: Draws | None = None):
+def data_sets(
+    posterior, draws: Draws, x, y, *, seed: int = 0, repeat: int = 0, like: Draws | None = None
+):
     r"""Draw a whole data set from each draw: what the model says could have been observed.
 
     .. math:: y^\text{rep}_s \sim \prod_i p(y_i \mid x_i, \theta_s)
@@ -294,7 +296,8 @@ def data_sets(posterior, draws: Draws, x, y, *, seed: int = 0, like: Draws | Non
     x : array (rows, features)
     y : array (rows, targets) or (rows,)
         Observed targets; only their shape matters.
-    seed : int
+    seed, repeat : int
+        Another repeat is another data set of each draw.
     like : Draws, optional
         `pool` was called with these draws, and samples, on as many rows: what was compiled for it
         is used again.
@@ -313,9 +316,11 @@ def data_sets(posterior, draws: Draws, x, y, *, seed: int = 0, like: Draws | Non
     like = draws if like is None else like
     _, per_draw, chunk = _sizes(posterior, like, samples=True)
     evaluator = _evaluator(posterior, draws.layout, per_draw, True, _batch_size(like))
-    key = stage_key(seed, "prediction")
+    key, of_classes = (stage_key(seed, stage) for stage in ("prediction", "class-draws"))
+    if repeat:
+        key, of_classes = (jax.random.fold_in(each, repeat) for each in (key, of_classes))
     classes = posterior.likelihood.task == "classification"
-    uniform = np.random.default_rng(np.asarray(jax.random.key_data(stage_key(seed, "class-draws"))))
+    uniform = np.random.default_rng(np.asarray(jax.random.key_data(of_classes)))
     found = []
     for low in range(0, len(x), chunk):
         rows = np.arange(low, min(low + chunk, len(x)))

@@ -242,6 +242,11 @@ def prior_range(y: np.ndarray, prior: np.ndarray) -> dict[str, float]:
     return {"low": float(low), "high": float(high), "outside": float(outside)}
 
 
+def can_tell(sets: int, statistics: int) -> bool:
+    """Tell whether one of so many statistics could be found unusual by so many data sets."""
+    return 2 / (sets + 1) < ALARM / statistics
+
+
 def unusual(found: Mapping[str, Any]) -> list[tuple[str, str, dict[str, float]]]:
     """Return which statistics of the data the posterior does not predict.
 

@@ -154,7 +154,8 @@ class Temperature:
     def __post_init__(self):
         if self.held_out.probabilities is None:
             raise InputError("temperature: needs a classification; use split or cqr for numbers")
-        if np.isnan(self.held_out.probabilities).any():
+        probabilities = self.held_out.probabilities
+        if np.isnan(probabilities).any():
             raise InputError("temperature: probabilities of the held-out rows are not finite")
 
         def loss(log_temperature: float) -> float:
@@ -163,11 +164,6 @@ class Temperature:
 
         bounds = (math.log(MIN_TEMPERATURE), math.log(MAX_TEMPERATURE))
         found = scipy.optimize.minimize_scalar(loss, bounds=bounds, method="bounded")
-        if not math.isfinite(found.fun):
-            raise InputError(
-                "temperature: the log score of the held-out rows is not finite: some row's class "
-                "has a probability of zero in the whole pool"
-            )
         object.__setattr__(self, "value", math.exp(found.x))
 
     def correct(self, prediction: Prediction) -> Prediction:
@@ -180,8 +176,9 @@ class Temperature:
 
 
 def _tempered(prediction: Prediction, temperature: float) -> Prediction:
-    with np.errstate(divide="ignore"):
-        logs = np.log(np.asarray(prediction.probabilities, np.float64)) / temperature
+    # What is zero in float32 was not computed as zero, and no temperature would help it.
+    floor = np.finfo(np.float32).tiny
+    logs = np.log(np.maximum(np.asarray(prediction.probabilities, np.float64), floor)) / temperature
     raised = np.exp(logs - logs.max(axis=1, keepdims=True))
     probabilities = raised / raised.sum(axis=1, keepdims=True)
     return replace(prediction, probabilities=probabilities, expected_entropy=None)
@@ -211,7 +208,7 @@ def correction_of(
     """
     prediction, observed = in_target_units(pooled, encoding), np.asarray(y)
     if prediction.classes is not None:
-        observed = np.array(prediction.classes, dtype=object)[observed]
+        observed = np.array(prediction.classes, dtype=object)[observed.astype(int)]
     elif encoding is not None:
         observed = target_to_units(encoding, observed)
     return fit_correction(method, prediction, observed)

@@ -136,10 +136,15 @@ def from_posterior(run, draws: Draws, x, y, pooled: Pooled | None = None) -> np.
     pooled : Pooled, optional
         Of these rows: its samples are used, if it has any, and nothing is computed again.
     """
-    if pooled is None or pooled.samples is None:
-        found = data_sets(run.posterior, thinned_to(draws, SETS), x, y, seed=run.seed, like=draws)
-    else:
+    found = np.zeros((0, *np.shape(y)))
+    if pooled is not None and pooled.samples is not None:
         found = pooled.samples
+    # Few sets cannot show what is rare: each draw then makes several of them.
+    some, repeat = thinned_to(draws, 2 * SETS), 0
+    while len(found) < SETS and repeat < MAX_CALLS:
+        more = data_sets(run.posterior, some, x, y, seed=run.seed, repeat=repeat, like=draws)
+        found = np.concatenate([found, more])
+        repeat += 1
     if len(found) <= SETS:
         return found
     # Not every so many: that might meet a few chains only.

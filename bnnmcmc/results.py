@@ -196,7 +196,7 @@ def _write_scores(run: Run, folder: Path) -> Pooled:
         result["test_target_units"] = {name: s["target"] for name, s in both.items()}
     result |= {"rows": len(x), "best_member": best, "pooled_chains": run.pooled_chains}
     result["standard_errors"] = {"standardised": errors["standardised"], "target": errors["target"]}
-    if run.pooled_chains and run.correction is not None:
+    if run.pooled_chains and run.calibration != "none":
         result["calibrated"] = _calibrated(run, found["posterior"], y)
     if run.pooled_chains:
         result["pool"] = {
@@ -282,30 +282,39 @@ def _write_checks(run: Run, folder: Path, pooled: Pooled | None) -> None:
 def _calibrated(run: Run, pooled: Pooled, y: np.ndarray) -> dict[str, Any]:
     """Return the scores that a correction changes, of the posterior's own and corrected.
 
-    Intervals: share of rows covered and mean width, in target units, by level. Classes: scores.
+    "parts": of each target the share of rows covered and the mean width, in its units, by level; of
+    classes their scores. "missing" instead if the correction could not be fitted.
     """
     own, encoding = in_target_units(pooled, run.encoding), run.encoding
-    assert run.correction is not None and encoding is not None
-    corrected = run.correction.correct(own)
+    assert encoding is not None
+    try:
+        correction = run.correction
+    except InputError as error:  # what was computed stays of use
+        return {"method": run.calibration, "missing": str(error)}
+    assert correction is not None
+    corrected = correction.correct(own)
+    about = {"method": run.calibration, "said": corrected.calibration}
     both = {"posterior": own, "corrected": corrected}
     if own.probabilities is not None:
         assert own.classes is not None
         labels = np.array(own.classes, dtype=object)[y]
-        found = {
+        scored = {
             name: metrics.classification_scores(y, each.probabilities, each.log_prob(labels))
             for name, each in both.items()
         }
-        return {"method": run.calibration, "said": corrected.calibration, **found}
+        return {**about, "parts": [{"name": own.targets[0], **scored}]}
     observed = target_to_units(encoding, y)
-    intervals: dict[str, dict[str, Any]] = {name: {} for name in both}
+    parts: list[dict[str, Any]] = [
+        {"name": target, "posterior": {}, "corrected": {}} for target in own.targets
+    ]
     for level in metrics.LEVELS:
         for name, each in both.items():
             low, high = each.interval(level / 100)
-            intervals[name][f"coverage_{level}"] = float(
-                ((low <= observed) & (observed <= high)).mean()
-            )
-            intervals[name][f"width_{level}"] = float((high - low).mean())
-    return {"method": run.calibration, "said": corrected.calibration, **intervals}
+            covered = ((low <= observed) & (observed <= high)).mean(axis=0)
+            for k, part in enumerate(parts):
+                part[name][f"coverage_{level}"] = float(covered[k])
+                part[name][f"width_{level}"] = float((high - low)[:, k].mean())
+    return {**about, "parts": parts}
 
 
 def _pit(prediction: Prediction, pooled: Pooled, in_units: np.ndarray, y: np.ndarray) -> np.ndarray:

@@ -267,18 +267,33 @@ class Run:
         chosen = replace(self, pooling=pooling, held_out=held_out)
         if pooling != "equal" and held_out is None:
             chosen._held_out_rows(pooling)
+        chosen._check_spent()
         return chosen
 
-    def calibrated(self, method: Correction, rows: Any = None, y: Any = None) -> "Run":
+    def _check_spent(self) -> None:
+        """Refuse weights of chains and a correction that are fitted on the same rows."""
+        both = self.pooling != "equal" and self.calibration != "none"
+        if both and self.held_out is None and self.calibration_rows is None:
+            raise InputError(
+                f"{self.calibration}: the weights of chains ({self.pooling}) are fitted on the "
+                "validation rows, which are then not held out any more; give other rows for one "
+                'of them, or take run.weighted("equal") or run.calibrated("none")'
+            )
+
+    def calibrated(
+        self, method: Literal["none"] | Correction, rows: Any = None, y: Any = None
+    ) -> "Run":
         """Return the run with predictions corrected on held-out rows, and marked as such.
 
         Parameters
         ----------
-        method : "split", "cqr" or "temperature"
+        method : "split", "cqr", "temperature" or "none"
             Conformal intervals, conformalised quantile intervals, or a temperature for classes
-            (see `bnnmcmc.recalibration`).
+            (see `bnnmcmc.recalibration`); or the posterior's own predictions again.
         rows, y
-            As in `weighted`: the validation part if not given, never the test part.
+            As in `weighted`: the validation part if not given, never the test part. The validation
+            part also chose where training ended, and so where chains start: for a strict guarantee
+            give rows that nothing has seen.
 
         Returns
         -------
@@ -290,16 +305,11 @@ class Run:
             No held-out rows, rows the posterior conditions on or the weights of chains are fitted
             on, or a method that does not go with the target.
         """
-        if rows is None and self.pooling != "equal" and self.held_out is None:
-            raise InputError(
-                f"{method}: the weights of chains ({self.pooling}) are fitted on the validation "
-                "rows, which are then not held out any more; give other rows, or take "
-                'run.weighted("equal")'
-            )
         given = None if rows is None else self._encode(rows, y)
         if given is not None and given[1] is None:
             raise InputError("calibrated: the rows have no target column; give y")
         chosen = replace(self, calibration=method, calibration_rows=given)
+        chosen._check_spent()
         _ = chosen.correction  # what cannot be fitted is said now
         return chosen
 

@@ -289,19 +289,24 @@ def _print_calibration(console: Console, folder: Path) -> None:
 
 def say_calibration(found: dict[str, Any]) -> str:
     """Say what a correction changed of the scores on the test rows."""
-    own, corrected = found["posterior"], found["corrected"]
-    if "coverage_90" in own:
-        changed = (
-            f"the 90 % interval covers {100 * corrected['coverage_90']:.1f} % of the test rows, "
-            f"the posterior's own {100 * own['coverage_90']:.1f} %; {corrected['width_90']:.3g} "
-            f"wide instead of {own['width_90']:.3g}"
-        )
-    else:
-        changed = (
-            f"calibration error {corrected['ece']:.3f} instead of {own['ece']:.3f}, LPPD "
-            f"{corrected['lppd']:.3f} instead of {own['lppd']:.3f}"
-        )
-    return f"{found['said']}: {changed}"
+    if "missing" in found:
+        return f"nothing: {found['missing']}"
+    said = []
+    for part in found["parts"]:
+        own, corrected = part["posterior"], part["corrected"]
+        of = f"{part['name']}, " if len(found["parts"]) > 1 else ""
+        if "coverage_90" in own:
+            said.append(
+                f"{of}the 90 % interval covers {100 * corrected['coverage_90']:.1f} % of the test "
+                f"rows, the posterior's own {100 * own['coverage_90']:.1f} %; "
+                f"{corrected['width_90']:.3g} wide instead of {own['width_90']:.3g}"
+            )
+        else:
+            said.append(
+                f"calibration error {corrected['ece']:.3f} instead of {own['ece']:.3f}, LPPD "
+                f"{corrected['lppd']:.3f} instead of {own['lppd']:.3f}"
+            )
+    return f"{found['said']}: {'; '.join(said)}"
 
 
 def _score(name: str, value: float) -> str:

@@ -37,9 +37,11 @@ def test_a_run_with_corrected_intervals(tiny, here, method):
         "corrected": run.predict(rows),
     }.items():
         low, high = prediction.interval(0.9)
-        assert found[part]["coverage_90"] == pytest.approx(((low <= y) & (y <= high)).mean())
-        assert found[part]["width_90"] == pytest.approx((high - low).mean(), rel=1e-4)
-    assert found["corrected"]["width_90"] != found["posterior"]["width_90"]
+        scored = found["parts"][0][part]
+        assert scored["coverage_90"] == pytest.approx(((low <= y) & (y <= high)).mean())
+        assert scored["width_90"] == pytest.approx((high - low).mean(), rel=1e-4)
+    widths = [found["parts"][0][part]["width_90"] for part in ("corrected", "posterior")]
+    assert widths[0] != widths[1]
     # The command line and a saved predictor give the same intervals, and say what they are.
     rows.to_csv(tiny / "rows.csv", index=False)
     run.save(tiny / "model.bnn", draws=None)
@@ -69,7 +71,7 @@ def test_a_run_with_a_temperature(tiny, here):
     probabilities = run.predict(rows).probabilities
     labels = rows["kind"].to_numpy()
     right = [probabilities[i, run.encoding.classes.index(k)] for i, k in enumerate(labels)]
-    assert found["corrected"]["lppd"] == pytest.approx(np.mean(np.log(right)), abs=1e-5)
+    assert found["parts"][0]["corrected"]["lppd"] == pytest.approx(np.mean(np.log(right)), abs=1e-5)
     assert found["said"] in (tiny / "run" / "report.html").read_text()
 
 
@@ -96,6 +98,8 @@ def test_what_does_not_go_together_is_refused():
     ):
         with pytest.raises(InputError, match=words):
             config("split", **wrong)
+    with pytest.raises(InputError, match=r"stop\.lppd ends sampling by them"):
+        parse({**config("split").model_dump(mode="json"), "stop": {"lppd": 0.01}}, "my.toml")
     with pytest.raises(InputError, match='found "temperature", expected split or cqr'):
         config("temperature")
 
@@ -134,8 +138,27 @@ def test_estimators_keep_the_correction(tmp_path):
 
 def test_the_sentence_names_both_coverages():
     own, corrected = ({"coverage_90": c, "width_90": w} for c, w in ((0.8, 2.0), (0.91, 2.5)))
-    said = say_calibration({"said": "split", "posterior": own, "corrected": corrected})
+    part = {"name": "y", "posterior": own, "corrected": corrected}
+    said = say_calibration({"said": "split", "parts": [part]})
+    assert "a, the 90 % interval covers" in say_calibration(
+        {"said": "split", "parts": [{**part, "name": name} for name in "ab"]}
+    )
+    assert say_calibration({"method": "temperature", "missing": "no"}) == "nothing: no"
     assert said == (
         "split: the 90 % interval covers 91.0 % of the test rows, the posterior's own 80.0 %; 2.5 "
         "wide instead of 2"
     )
+
+
+def test_what_cannot_be_fitted_costs_the_correction_alone(tiny, here, monkeypatch):
+    def fails(*_):
+        raise InputError("it cannot be fitted")
+
+    monkeypatch.setattr("bnnmcmc.run.correction_of", fails)
+    options = [*QUICK, *HELD_OUT, "calibration.method=split"]
+    code, out, err = here("run", "tiny.toml", "--out", "run", "--set", *options, cwd=tiny)
+    assert code == 0, err
+    assert "nothing: it cannot be fitted" in out
+    found = json.loads((tiny / "run" / "metrics.json").read_text())
+    assert found["calibrated"] == {"method": "split", "missing": "it cannot be fitted"}
+    assert "Corrected by nothing: it cannot be fitted." in (tiny / "run/report.html").read_text()

@@ -406,3 +406,18 @@ def test_progress_if_wanted(capsys):
     assert capsys.readouterr().err == ""
     bnnmcmc.BNNRegressor(**TINY, verbose=True).fit(frame, price)
     assert "Sampling: 20 steps" in capsys.readouterr().err
+
+
+def test_a_fit_that_was_cut_off_leaves_the_next_one_whole(monkeypatch):
+    x = np.random.default_rng(5).normal(size=(40, 3))
+    options = {**TINY, "hidden": (5, 3), "warmup": 37}
+    with monkeypatch.context() as patch:
+
+        def stop(*_):
+            raise KeyboardInterrupt
+
+        patch.setattr("bnnmcmc.fitting.run_epochs", stop)
+        with pytest.raises(KeyboardInterrupt):
+            bnnmcmc.BNNRegressor(**options).fit(x, x[:, 0])
+    # What compiled meanwhile was given up.
+    assert bnnmcmc.BNNRegressor(**options).fit(x, x[:, 0]).predict(x).shape == (40,)

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -66,5 +67,31 @@ def test_classes_and_weights_of_chains(tmp_path):
     found = call(x.astype(np.float32))["probabilities"]
     np.testing.assert_allclose(found, model.predict_proba(x), rtol=1e-4, atol=1e-6)
     assert model.run_.weights.std() > 0
+    with pytest.raises(InputError, match=r'export run.calibrated\("none"\)'):
+        bnnmcmc.export(tmp_path / "model.jax", replace(model.run_, calibration="temperature"))
     with pytest.raises(InputError, match="there is no folder"):
         bnnmcmc.export(tmp_path / "no" / "model.jax", model.run_)
+
+
+def test_missing_numbers_are_filled_as_in_training(tmp_path):
+    import jax.export
+
+    rng = np.random.default_rng(1)
+    frame = pd.DataFrame({"a": rng.normal(5, 2, 60), "b": rng.normal(size=60)})
+    frame.loc[::7, "a"] = np.nan
+    y = frame["a"].fillna(9.0) + frame["b"]
+    model = bnnmcmc.BNNRegressor(
+        hidden=(4,), chains=2, warmup=100, draws=20, ensemble={"max_epochs": 20}
+    ).fit(frame, y)
+    assert model.run_.encoding.feature_names == ("a", "a is missing", "b")
+    rows = np.column_stack([frame["a"], np.zeros(60), frame["b"]]).astype(np.float32)
+    bnnmcmc.export(tmp_path / "model.jax", model.run_, draws=None)
+    call = jax.export.deserialize((tmp_path / "model.jax").read_bytes()).call
+    found, expected = call(rows), model.predict_distribution(frame)
+    np.testing.assert_allclose(found["mean"], expected.mean, rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(found["sd"], expected.sd, rtol=1e-3)
+    # No gaps in training, but a median; a column of categories has none.
+    rows[3, 2] = np.nan
+    assert np.isfinite(call(rows)["mean"]).all()
+    rows[3, 1] = np.nan
+    assert np.isnan(call(rows)["mean"]).ravel().tolist() == [i == 3 for i in range(60)]

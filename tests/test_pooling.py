@@ -118,7 +118,12 @@ def test_a_run_stacks_on_its_validation_rows_alone(tiny, here):
     # The validation rows are spent: nothing is calibrated on them as well.
     with pytest.raises(InputError, match=r"cqr: the weights of chains \(stacking\) are fitted"):
         run.calibrated("cqr")
-    assert equal.calibrated("cqr").correction is not None
+    # Nor are weights fitted on rows that a correction is.
+    corrected = equal.calibrated("cqr")
+    assert corrected.correction is not None
+    with pytest.raises(InputError, match=r"cqr: the weights of chains \(stacking\) are fitted"):
+        corrected.weighted("stacking")
+    assert corrected.calibrated("none").weighted("stacking").correction is None
     # A thinned pool: as many draws of each chain, evenly.
     few = replace(equal, pool_size=12).pooled_draws
     assert (few.chains, few.draws) == (3, 4)

@@ -24,7 +24,7 @@ from bnnmcmc.predictive_checks import (
     statistics,
     unusual,
 )
-from bnnmcmc.replicates import from_posterior, prior_draws
+from bnnmcmc.replicates import SETS, from_posterior, prior_draws
 from bnnmcmc.report.page import write_report
 from bnnmcmc.report.sections.predictive_checks import allowed, allowed_classes, predicted
 from bnnmcmc.store import write_json
@@ -57,7 +57,7 @@ def exact(x, y):
 
 
 def wrapped(found, rows, of="test", missing=""):
-    return {"rows": rows, "of": of, "prior_missing": missing, "posterior_sets": 1, **found}
+    return {"rows": rows, "of": of, "prior_missing": missing, "posterior_sets": 400, **found}
 
 
 def test_the_p_value_is_that_of_the_closed_form():
@@ -179,11 +179,12 @@ def test_classes_by_their_frequencies():
     right, wrong = (rng.binomial(1, p, (500, 100)).astype(float) for p in (0.3, 0.7))
     fits = check_classes(y, right, right, ["no", "yes"])
     assert predicted(wrapped(fits, 100)).level == "good"
-    assert allowed_classes(fits["classes"]).level == "good"
+    assert allowed_classes(fits["classes"], 500).level == "good"
+    assert "too few to tell" in allowed_classes(fits["classes"], 20).text
     off = check_classes(y, wrong, wrong, ["no", "yes"])
     assert predicted(wrapped(off, 100)).level == "note"
     assert "the frequency of no" in predicted(wrapped(off, 100)).text
-    assert allowed_classes(off["classes"]).level == "note"
+    assert allowed_classes(off["classes"], 500).level == "note"
     p = off["classes"][1]["statistics"]["frequency"]
     assert p["p"] == pytest.approx(1 - (wrong.mean(axis=1) <= y.mean()).mean(), abs=0.01)
 
@@ -334,3 +335,32 @@ def test_a_run_with_classes_a_hierarchical_prior_and_weighted_chains(tmp_path, h
     assert [v["observed"] for v in shares] == [(y == c).mean() for c in range(2)]
     mean = np.load(folder / "run" / "predictions.npz")["probabilities"].mean(axis=0)
     assert [v["median"] for v in shares] == pytest.approx(list(mean), abs=0.15)
+
+
+def test_too_few_data_sets_are_never_called_good():
+    # All sets are far off, but so few that a twentieth shared among six statistics is not reached.
+    y = np.random.default_rng(0).poisson(3, (100, 1)).astype(float)
+    sets = np.random.default_rng(1).poisson(30, (200, 100, 1)).astype(float)
+    found = check_numbers(y, sets, None, ["y"], "count")
+    said = predicted({**wrapped(found, 100), "posterior_sets": 200})
+    assert said.level == "note"
+    assert "200 data sets from the posterior are too few to tell" in said.text
+    enough = check_numbers(y, np.tile(sets, (5, 1, 1)), None, ["y"], "count")
+    said = predicted({**wrapped(enough, 100), "posterior_sets": 1000})
+    assert said.level == "note"
+    assert "the mean (" in said.text
+
+
+def test_few_draws_make_several_data_sets_each():
+    rng = np.random.default_rng(2)
+    x = rng.normal(size=(12, 2))
+    draws = flat_draws(rng.normal(size=(2, 30, 2)).astype(np.float32))
+
+    run = SimpleNamespace(posterior=LINEAR, seed=0)
+    sets = from_posterior(run, draws, x, np.zeros((12, 1)))
+    assert len(sets) == SETS
+    # As many as there are, and no two alike.
+    assert len(np.unique(sets[:, 0, 0])) == SETS
+    first = data_sets(LINEAR, draws, x, np.zeros((12, 1)))
+    again = data_sets(LINEAR, draws, x, np.zeros((12, 1)), repeat=1)
+    assert not np.any(first == again)

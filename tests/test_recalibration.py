@@ -1,5 +1,7 @@
 """Conformal intervals and temperature: coverage whatever the model, and marked as such."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import scipy.stats as st
@@ -92,6 +94,19 @@ def test_temperature_undoes_overconfidence():
     assert corrected.calibration == f"temperature {fitted.value:.3g} from 4000 held-out rows"
     with pytest.raises(InputError, match="mutual_information needs"):
         _ = corrected.mutual_information
+
+
+def test_a_class_of_no_probability_has_a_temperature():
+    # In float32 a logit of -104 is a probability of zero; what happened is not impossible for that.
+    held_out, y, _ = classes(200, 0)
+    probabilities = held_out.probabilities.copy()
+    probabilities[0] = [1.0, 0.0, 0.0]
+    y[0] = "c"
+    fitted = Temperature(replace(held_out, probabilities=probabilities), y)
+    assert np.isfinite(fitted.value)
+    assert fitted.value > Temperature(held_out, y).value
+    corrected = fitted.correct(replace(held_out, probabilities=probabilities))
+    assert np.isfinite(corrected.log_prob(y)).all()
 
 
 def test_corrections_that_do_not_go_with_the_target():

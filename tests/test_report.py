@@ -545,6 +545,14 @@ def test_broken_files_are_named(tmp_path):
     assert page.tags.count("figure") == 4
 
 
+def test_a_run_of_before_the_checks_is_not_called_damaged(tmp_path):
+    folder = make_run(tmp_path / "run")
+    (folder / "predictive_checks.json").unlink()
+    page = read(folder)
+    assert "Missing" not in page.text
+    assert "predictive checks" not in page.text
+
+
 @pytest.mark.parametrize(
     ("file", "content"),
     [

@@ -120,8 +120,10 @@ def read_run(folder: Path) -> RunFolder:
             missing.append(f"{name} ({what}; damaged: {error})")
             return None
 
-    if not (folder / "inputs.npz").exists():
-        unwanted |= {"inputs.npz"}
+    # Only some runs have the first; older ones have no second.
+    for name in ("inputs.npz", "predictive_checks.json"):
+        if not (folder / name).exists():
+            unwanted |= {name}
     text = read("config.toml", "settings", lambda path: path.read_text(encoding="utf-8"))
     config = read("config.toml", "settings", lambda path: tomllib.loads(text)) if text else None
     draws = sum(block["count"] for block in manifest.get("blocks") or [])

@@ -41,7 +41,8 @@ RELIABILITY = Explanation(
 CORRECTION = Explanation(
     "Correction",
     "Intervals or class probabilities fitted on held-out rows, on top of the posterior: for rows "
-    "like these, conformal intervals cover at least their level, on average, whatever the model.",
+    "like these, conformal intervals cover at least their level, on average, whatever the model, "
+    "if nothing else was chosen by these rows (here they also ended the training of the members).",
     "split: m ± Q s; cqr: [l − Q, u + Q]; temperature: p^(1/T) / Σ p^(1/T)",
     "Lei et al. (2018), JASA 113; Romano et al. (2019), arXiv 1905.03222; Guo et al. (2017)",
 )
@@ -64,8 +65,10 @@ def section(run: RunFolder) -> Section | None:
         explained.append(COVERAGE)
     corrected = (run.metrics or {}).get("calibrated")
     if corrected:
-        tables.append(correction_table(corrected))
-        takeaways.append(Sentence("info", f"Corrected by {say_calibration(corrected)}."))
+        missing = "missing" in corrected
+        said = say_calibration(corrected)
+        takeaways.append(Sentence("bad" if missing else "info", f"Corrected by {said}."))
+        tables += [] if missing else [correction_table(corrected)]
         explained.append(CORRECTION)
     if found is not None and "pit" in found:
         for k, name in enumerate(target_names(run)[:MAX_TARGETS]):
@@ -91,17 +94,18 @@ def section(run: RunFolder) -> Section | None:
 
 
 def correction_table(found: dict[str, Any]) -> Table:
-    """Return what a correction changed, score by score."""
-    own, corrected = found["posterior"], found["corrected"]
-    rows = [
-        [
-            Cell(name.replace("_", " ")),
-            *(Cell(number(part[name]), str(part[name])) for part in (own, corrected)),
-        ]
-        for name in own
-    ]
+    """Return what a correction changed, score by score, of each target."""
+    rows: list[list[Cell]] = []
+    several = len(found["parts"]) > 1
+    for part in found["parts"]:
+        if several:
+            rows.append([Cell(part["name"], classes="group")])
+        for name, own in part["posterior"].items():
+            both = (own, part["corrected"][name])
+            cells = [Cell(number(value), str(value)) for value in both]
+            rows.append([Cell(name.replace("_", " ")), *cells])
     columns = [Column("on the test rows", text=True), Column("posterior"), Column("corrected")]
-    note = "Widths in target units, means over rows and targets." if "width_90" in own else ""
+    note = "Widths in target units, means over rows." if found["method"] != "temperature" else ""
     return Table(columns, rows, title="Corrected on held-out rows", note=note, headed=True)
 
 

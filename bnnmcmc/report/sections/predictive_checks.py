@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from bnnmcmc.predictive_checks import ALARM, unusual
+from bnnmcmc.predictive_checks import ALARM, can_tell, unusual
 from bnnmcmc.report.drawing import COLOURS, Plot
 from bnnmcmc.report.folder import RunFolder
 from bnnmcmc.report.parts import Cell, Column, Explanation, Section, Sentence, Table
@@ -53,7 +53,7 @@ def section(run: RunFolder) -> Section | None:
     if "classes" in found:
         plots = [frequencies(found["classes"])]
         if not found["prior_missing"]:
-            takeaways.append(allowed_classes(found["classes"]))
+            takeaways.append(allowed_classes(found["classes"], found["prior_sets"]))
     else:
         plots = []
         for target in found["targets"]:
@@ -92,6 +92,12 @@ def predicted(found: Mapping[str, Any]) -> Sentence:
             "bad",
             "Data sets drawn from the posterior, or their statistics, are not finite: they cannot "
             "be compared with the data.",
+        )
+    if not can_tell(found["posterior_sets"], len(every)):
+        return Sentence(
+            "note",
+            f"{plural(found['posterior_sets'], 'data set')} from the posterior are too few to tell "
+            f"whether one of {plural(len(every), 'statistic')} is unusual.",
         )
     seen = ""
     if found["of"] != "test":
@@ -154,13 +160,15 @@ def allowed(target: Mapping[str, Any], several: bool = False) -> Sentence:
     return Sentence("good", f"{text}: it holds them.")
 
 
-def allowed_classes(classes: Sequence[Mapping[str, Any]]) -> Sentence:
+def allowed_classes(classes: Sequence[Mapping[str, Any]], sets: int) -> Sentence:
     """Say whether the frequencies of classes are such as the prior allows.
 
     Parameters
     ----------
     classes : sequence of mapping
         The classes' part of predictive_checks.json.
+    sets : int
+        Data sets that were drawn from the prior.
     """
     priors = {part["name"]: part["prior_statistics"]["frequency"] for part in classes}
     if any(not math.isfinite(values["tail"]) for values in priors.values()):
@@ -173,7 +181,13 @@ def allowed_classes(classes: Sequence[Mapping[str, Any]]) -> Sentence:
         f"drawn from the prior); it is in {percent(widest['observed'])}"
     )
     if outside:
-        return Sentence("note", f"{text}. The prior hardly allows as many of {listed(outside, 3)}.")
+        return Sentence(
+            "note",
+            f"{text}. The prior hardly allows as many, or as few, of {listed(outside, 3)}.",
+        )
+    if not can_tell(sets, len(priors)):
+        few = f"{plural(sets, 'data set')} are too few to tell whether the prior allows it"
+        return Sentence("info", f"{text}; {few}.")
     return Sentence("good", f"{text}. The prior allows all classes as often as they were observed.")
 
 
