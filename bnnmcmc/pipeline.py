@@ -15,11 +15,11 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -860,7 +860,9 @@ def _joined(job: Job, checksums: dict[str, int]) -> dict[str, Any]:
 
 def _load_for_results(job: Job) -> None:
     """Import what scores and report need: three seconds, while chains are drawn."""
-    for load in (diagnostics.load, lambda: importlib.import_module("bnnmcmc.report.page")):
+    modules = ("bnnmcmc.report.page", "arviz_plots")
+    loads: list[Callable[[], Any]] = [partial(importlib.import_module, name) for name in modules]
+    for load in (diagnostics.load, *loads):
         if job.stop.interrupted:
             return
         # Should it fail, then it fails again where it is needed, and is reported there.

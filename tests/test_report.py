@@ -408,9 +408,9 @@ def test_long_traces_are_drawn_thinly(monkeypatch):
 
 
 def test_figures_have_takeaway_and_alt(page, finished):
-    assert page.tags.count("figure") == page.tags.count("figcaption") == 10
+    assert page.tags.count("figure") == page.tags.count("figcaption") == 11
     captions = page.figure_captions()
-    assert len(captions) == 10
+    assert len(captions) == 11
     assert all(len(caption) > 40 for caption in captions)
     found = np.load(finished / "predictions.npz")
     low, high = found["quantiles"][1, :, 0], found["quantiles"][7, :, 0]
@@ -496,7 +496,7 @@ def test_unfinished_run_says_what_is_missing(tmp_path, stage):
     assert "metrics.json (scores)" in page.text
     assert ("warmup.npz" in page.text) == (stage in ("ensemble", "warmup"))
     assert ("30 of 90 draws per chain on disk" in page.text) == (stage in ("sampling", "results"))
-    assert page.tags.count("figure") == {"ensemble": 0, "warmup": 1}.get(stage, 3)
+    assert page.tags.count("figure") == {"ensemble": 0, "warmup": 1}.get(stage, 4)
 
 
 def test_time_budget_is_said_although_done(tmp_path):
@@ -542,7 +542,7 @@ def test_broken_files_are_named(tmp_path):
     assert "metrics.json (scores; damaged" in page.text
     assert "diagnostics.csv (diagnostics per chain; damaged" in page.text
     assert "ensemble/history.npz does not hold what it should" in page.text
-    assert page.tags.count("figure") == 4
+    assert page.tags.count("figure") == 5
 
 
 def test_a_run_of_before_the_checks_is_not_called_damaged(tmp_path):
@@ -638,7 +638,7 @@ def test_what_is_not_finite_is_said_and_drawn_around(tmp_path):
     page = read(folder)
     assert "2 members never had a finite loss." in page.text
     assert "2 chains with a step size that is not finite (0, 1), left out of the bands" in page.text
-    assert page.tags.count("figure") == 10
+    assert page.tags.count("figure") == 11
 
 
 def test_no_warmup_is_nothing_missing(tmp_path):
@@ -657,7 +657,7 @@ def test_no_test_rows_is_nothing_missing(tmp_path):
     (folder / "predictions.npz").unlink()
     page = read(folder)
     assert "Missing" not in page.text
-    assert page.tags.count("figure") == 5
+    assert page.tags.count("figure") == 6
 
 
 def test_warmup_cut_short_keeps_its_scale(tmp_path):

@@ -11,6 +11,7 @@ from test_report import change, make_run
 from bnnmcmc.live import MAX_POINTS, Live, read_progress
 from bnnmcmc.report.folder import read_run
 from bnnmcmc.report.page import tiles, verdict
+from bnnmcmc.report.ranks import ranks
 from bnnmcmc.report.sections import (
     calibration,
     chains,
@@ -263,3 +264,42 @@ def test_a_chain_s_seconds_are_its_part_by_gradients():
         "chain",
         "gradients",
     }
+
+
+# --- ranks ------------------------------------------------------------------------------------
+
+
+def test_ranks_say_whether_chains_are_of_one_distribution():
+    rng = np.random.default_rng(0)
+    same = rng.normal(size=(6, 400))
+    found = ranks(same, [], None)
+    assert "Nothing speaks against one distribution" in found.takeaway
+    apart = same.copy()
+    apart[2] += 0.5
+    apart[4] -= 0.6
+    said = ranks(apart, [], None)
+    assert "not of one distribution" in said.takeaway
+    assert "lowest is chain 4, highest chain 2" in said.takeaway
+    assert said.svg.startswith("<svg")
+    assert "p=" not in said.svg
+    # A chain that failed is none of them.
+    assert "Nothing speaks against" in ranks(apart, [2, 4], None).takeaway
+    lost = same.copy()
+    lost[1, 7] = np.nan
+    assert "5 chains" in ranks(lost, [], None).takeaway
+
+
+def test_ranks_know_what_draws_are_worth():
+    # Random walks of one law: as independent draws they would differ.
+    rng = np.random.default_rng(1)
+    walks = np.zeros((8, 4000))
+    for t in range(1, 4000):
+        walks[:, t] = 0.99 * walks[:, t - 1] + rng.normal(size=8)
+    assert "not of one distribution" in ranks(walks, [], None).takeaway
+    assert "Nothing speaks against" in ranks(walks, [], 4000 * 0.01 / 1.99).takeaway
+    assert ranks(walks, [], 12.0) is None
+    assert ranks(walks[:1], [], None) is None
+    assert ranks(walks[:, :10], [], None) is None
+    many = ranks(rng.normal(size=(1000, 50)), [], None)
+    assert "20 chains of all" in many.takeaway
+    assert len(many.svg) < 200_000

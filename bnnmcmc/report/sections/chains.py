@@ -8,6 +8,7 @@ import numpy as np
 from bnnmcmc.report import figures
 from bnnmcmc.report.folder import RunFolder
 from bnnmcmc.report.parts import Cell, Column, Explanation, Section, Sentence, Table
+from bnnmcmc.report.ranks import ranks
 from bnnmcmc.report.text import number, plural
 
 # More chains than this: the table shows the worst ten, and quantiles over all.
@@ -92,6 +93,15 @@ EXPLAINED = (
         "Geyer (1992), Statistical Science 7; Vehtari et al. (2021)",
     ),
     Explanation(
+        "Ranks",
+        "Where each log-density stands among those of all chains. If all chains are of one "
+        "distribution, the ranks of each are uniform and its line stays near zero; that of a chain "
+        "higher than the others lies below. The p-value is that of ArviZ's test of all chains "
+        "together.",
+        source="Säilynoja, Bürkner and Vehtari (2022), Statistics and Computing 32; Vehtari et al. "
+        "(2021)",
+    ),
+    Explanation(
         "EEVPD",
         "Energy error variance per dimension: how well the steps follow the dynamics; the bias "
         "of an unadjusted kernel grows with it.",
@@ -107,6 +117,9 @@ def section(run: RunFolder) -> Section | None:
     plots = []
     if run.log_density is not None:
         plots = [figures.log_density(run.log_density, run.failed, wide=True)]
+        known = [c["ess_log_density"] for c in run.chains or [] if c.get("ess_log_density")]
+        worth = float(np.nanmedian(known)) if np.isfinite(known).any() else None
+        plots += [plot for plot in [ranks(run.log_density, run.failed, worth)] if plot]
     if not tables and not plots:
         return None
     return Section(
