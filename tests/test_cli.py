@@ -183,12 +183,13 @@ def test_resume_adds_the_draws_a_longer_run_would_have(finished, tmp_path, here)
 def test_time_budget_is_kept_with_everything_usable(tiny, cli):
     big = ["ensemble.max_epochs=1000000", "ensemble.patience=1000000"]
     big += ["sampler.warmup=10000000", "sampler.draws=1000000"]
+    # A plan compiles anew: on two slow cores that takes most of a budget of less than a minute.
     begun = time.monotonic()
     code, out, err = cli(
-        "run", "tiny.toml", "--out", "r", "--time-budget", "50s", "--set", *big, cwd=tiny
+        "run", "tiny.toml", "--out", "r", "--time-budget", "90s", "--set", *big, cwd=tiny
     )
     assert code == 0, err
-    assert time.monotonic() - begun < 70  # a budget, on a machine that may be busy
+    assert time.monotonic() - begun < 110  # a budget, on a machine that may be busy
     manifest = json.loads((tiny / "r" / "manifest.json").read_text())
     assert manifest["stage"] == "done"
     assert "training was ended by the time budget" in out
